@@ -1,0 +1,1 @@
+"""Knowledge distillation by matching feature distributions, in JAX and Flax."""

@@ -1,0 +1,119 @@
+"""What every public loss does before its mathematics: compile, check shapes, promote dtypes."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+F = TypeVar("F", bound=Callable)
+
+# Traced although keyword-only; every other keyword-only parameter of a loss is static.
+_TRACED = ("key", "class_cost")
+
+
+def loss(fn: F) -> F:
+    """Compile a loss with its options (keyword-only parameters) static.
+
+    A plain function around the compiled one, so that ``help`` and doctest see a function.
+    """
+    options = [
+        name
+        for name, p in inspect.signature(fn).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and name not in _TRACED
+    ]
+    compiled = jax.jit(fn, static_argnames=options)
+
+    @functools.wraps(fn)
+    def call(*args, **kwargs):
+        for name in options:
+            value = kwargs.get(name)
+            if isinstance(value, jax.core.Tracer):
+                raise TypeError(f"{name} is a static option: pass a Python number, not a traced one")
+            if isinstance(value, jax.Array):  # a concrete 0-d array is as good as a number
+                kwargs[name] = value.item()
+        return compiled(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def number(name: str, value: float, *, positive: bool = True) -> float:
+    """Raise ValueError unless value is a positive (or, on request, non-negative) number."""
+    if not (value > 0 or (not positive and value == 0)):
+        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value}")
+    return value
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """Raise ValueError, with the nearest allowed name, unless value is one of them."""
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}: {did_you_mean(value, allowed)}")
+    return value
+
+
+def did_you_mean(name: str, allowed) -> str:
+    """Half a sentence that leads from a wrong name to the right ones."""
+    import difflib
+
+    near = difflib.get_close_matches(str(name), list(allowed), n=3, cutoff=0.5)
+    known = f"known are {', '.join(allowed)}"
+    return f"did you mean {' or '.join(near)}? ({known})" if near else known
+
+
+def matrix(name: str, x: ArrayLike) -> jax.Array:
+    """A float ``[n, d]`` array, in float32 unless it comes in float64."""
+    x = jnp.asarray(x)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"{name} must be a non-empty [n, d] array, got shape {list(x.shape)}")
+    return floating(name, x)
+
+
+def floating(name: str, x: ArrayLike) -> jax.Array:
+    """A float array, in float32 unless it comes in float64: half precision only stores."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype}")
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def clouds(z_s: ArrayLike, z_t: ArrayLike, *, paired: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Two point clouds in one space; ``paired`` ones are rows of the same batch as well."""
+    z_s, z_t = matrix("z_s", z_s), matrix("z_t", z_t)
+    if z_s.shape[1] != z_t.shape[1]:
+        raise ValueError(
+            f"z_s has {z_s.shape[1]} features and z_t has {z_t.shape[1]}, but this distance needs "
+            "one space: map the student into the teacher's with kd2m_jax.projected, or use "
+            "losses.gw2, which compares clouds of unequal feature sizes"
+        )
+    if paired and z_s.shape[0] != z_t.shape[0]:
+        raise ValueError(
+            f"z_s has {z_s.shape[0]} rows and z_t has {z_t.shape[0]}: here row i of both must be "
+            "the same example"
+        )
+    dtype = jnp.promote_types(z_s.dtype, z_t.dtype)
+    return z_s.astype(dtype), z_t.astype(dtype)
+
+
+def class_labels(labels: ArrayLike, n: int) -> jax.Array:
+    """Integer labels ``[n]``."""
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.shape != (n,):
+        raise ValueError(f"labels must have shape [{n}], got {list(labels.shape)}")
+    return labels
+
+
+def paired_logits(logits_s: ArrayLike, logits_t: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Logits of student and teacher over the same classes."""
+    logits_s, logits_t = matrix("logits_s", logits_s), matrix("logits_t", logits_t)
+    if logits_s.shape[1] != logits_t.shape[1]:
+        raise ValueError(
+            f"logits_s has {logits_s.shape[1]} classes and logits_t has {logits_t.shape[1]}: "
+            "student and teacher must predict the same classes"
+        )
+    dtype = jnp.promote_types(logits_s.dtype, logits_t.dtype)
+    return logits_s.astype(dtype), logits_t.astype(dtype)

@@ -1,0 +1,98 @@
+"""Who may be matched with whom: one mask and one weight per sample make a metric conditional.
+
+A conditional loss is its marginal twin called with other groups. There is no loop over classes
+and no padding, so 1,000 classes cost what 10 do.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from kd2m_jax.losses._checks import class_labels
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Groups(NamedTuple):
+    """The groups of one batch: everyone together (``same`` is None), or the classes.
+
+    Attributes:
+      same: ``[n, n]`` bool, whether i and j are of one class; None where all are one group.
+      size_s, size_t: ``[n]``, ``[m]``, how many samples the group of each sample has.
+      count: how many groups are present, K.
+    """
+
+    same: jax.Array | None
+    size_s: jax.Array
+    size_t: jax.Array
+    count: jax.Array
+
+    @property
+    def weight_s(self) -> jax.Array:
+        """``[n]``, ``w_i = 1 / (K n_i)``: groups weigh the same, and so do a group's members."""
+        return 1 / (self.count * self.size_s)
+
+    @property
+    def weight_t(self) -> jax.Array:
+        """``[m]``, the same on the teacher's side."""
+        return 1 / (self.count * self.size_t)
+
+    def within(self, pairs: jax.Array, outside: float = 0.0) -> jax.Array:
+        """``[n, m]`` values of pairs, those across groups replaced by ``outside``."""
+        return pairs if self.same is None else jnp.where(self.same, pairs, outside)
+
+    def mean(self, z: jax.Array) -> jax.Array:
+        """The mean of each sample's group: ``[n, d]``, or ``[1, d]`` for a single group."""
+        if self.same is None:
+            return jnp.mean(z, axis=0, keepdims=True)
+        return jnp.matmul(self.same.astype(z.dtype), z, precision=HIGHEST) / self.size_s[:, None]
+
+    def total(self, per_sample: jax.Array) -> jax.Array:
+        """The sum over each sample's group: ``[n]``, or ``[1]`` for a single group."""
+        if self.same is None:
+            return jnp.sum(per_sample, keepdims=True)
+        return jnp.matmul(self.same.astype(per_sample.dtype), per_sample, precision=HIGHEST)
+
+    def average(self, per_group: jax.Array) -> jax.Array:
+        """Mean over groups of a value that each member of a group repeats (as `mean` does)."""
+        if self.same is None:
+            return per_group[0]
+        return jnp.sum(self.weight_s * per_group)
+
+
+def everyone(n: int, m: int, dtype) -> Groups:
+    """One group: n student and m teacher samples, uniform weights."""
+    one = jnp.ones((), dtype)
+    return Groups(None, jnp.full(n, n, dtype), jnp.full(m, m, dtype), one)
+
+
+def by_class(labels: ArrayLike, n: int, dtype) -> Groups:
+    """One group a class: teacher and student see the same batch, so they share the labels."""
+    labels = class_labels(labels, n)
+    same = labels[:, None] == labels[None, :]
+    size = jnp.sum(same, axis=1, dtype=dtype)
+    count = jnp.round(jnp.sum(1 / size))  # each class adds n_y terms of 1 / n_y
+    return Groups(same, size, size, count)
+
+
+def centred(z_s: jax.Array, z_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both clouds moved by their common mean, a constant for the gradient.
+
+    Squared distances by expansion, and means, lose their digits to a large common offset.
+    """
+    centre = (z_s.mean(0, keepdims=True) + z_t.mean(0, keepdims=True)) / 2
+    centre = jax.lax.stop_gradient(centre)
+    return z_s - centre, z_t - centre
+
+
+def squared_distances(z_s: jax.Array, z_t: jax.Array) -> jax.Array:
+    """``[n, m]`` of ``||z_s,i - z_t,j||^2`` by expansion: one matrix product.
+
+    Not clipped at zero, where the gradient would be cut with the value; rounding may leave
+    entries a few ulps of the squared norms below zero.
+    """
+    z_s, z_t = centred(z_s, z_t)
+    inner = jnp.matmul(z_s, z_t.T, precision=HIGHEST)
+    return jnp.sum(z_s**2, 1)[:, None] + jnp.sum(z_t**2, 1)[None, :] - 2 * inner
