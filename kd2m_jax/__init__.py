@@ -1,1 +1,51 @@
-"""Knowledge distillation by matching feature distributions, in JAX and Flax."""
+"""Knowledge distillation by matching feature distributions, in JAX and Flax.
+
+Names are resolved when they are first used, so ``from kd2m_jax import losses`` loads jax and
+ott-jax but not flax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kd2m_jax import losses as losses
+    from kd2m_jax import models as models
+    from kd2m_jax.networks import Network as Network
+    from kd2m_jax.networks import from_linen as from_linen
+    from kd2m_jax.networks import from_nnx as from_nnx
+    from kd2m_jax.outputs import Outputs as Outputs
+    from kd2m_jax.parallel import pmap_step as pmap_step
+    from kd2m_jax.parallel import shard_map_step as shard_map_step
+    from kd2m_jax.step import TrainState as TrainState
+    from kd2m_jax.step import init_state as init_state
+    from kd2m_jax.step import make_eval_step as make_eval_step
+    from kd2m_jax.step import make_train_step as make_train_step
+
+__version__ = "0.1.0"
+
+_MODULES = ("losses", "models")
+_HOMES = {
+    "Network": "networks",
+    "Outputs": "outputs",
+    "TrainState": "step",
+    "from_linen": "networks",
+    "from_nnx": "networks",
+    "init_state": "step",
+    "make_eval_step": "step",
+    "make_train_step": "step",
+    "pmap_step": "parallel",
+    "shard_map_step": "parallel",
+}
+__all__ = sorted([*_MODULES, *_HOMES])
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -84,7 +84,7 @@ def ridge(x, y, shrinkage):
 
 
 def gaussian_kl(x, y, *, s, kind="full", direction="student_teacher"):
-    """s is the amount added to the diagonals, so that a caller may freeze it."""
+    """With the amount s added to the diagonals given, so that a caller may freeze it."""
     if direction == "teacher_student":
         x, y = y, x
     d = x.shape[1]
