@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kd2m_jax.step import init_state as init_state
     from kd2m_jax.step import make_eval_step as make_eval_step
     from kd2m_jax.step import make_train_step as make_train_step
+    from kd2m_jax.training import FitResult as FitResult
+    from kd2m_jax.training import NonFiniteLoss as NonFiniteLoss
+    from kd2m_jax.training import fit as fit
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,9 @@ _HOMES = {
     "Network": "networks",
     "Outputs": "outputs",
     "TrainState": "step",
+    "FitResult": "training",
+    "NonFiniteLoss": "training",
+    "fit": "training",
     "from_linen": "networks",
     "from_nnx": "networks",
     "init_state": "step",
@@ -36,7 +42,7 @@ _HOMES = {
     "pmap_step": "parallel",
     "shard_map_step": "parallel",
 }
-__all__ = sorted([*_MODULES, *_HOMES])
+__all__ = sorted([*_MODULES, *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

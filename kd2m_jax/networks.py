@@ -130,7 +130,9 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
 
     def init(key, x):
         if variables is None:
-            keys: dict[str, Any] = dict(zip(("params", "dropout"), jax.random.split(key), strict=True))
+            keys: dict[str, Any] = dict(
+                zip(("params", "dropout"), jax.random.split(key), strict=True)
+            )
             fresh = module.init(keys, x, **mode(False))
         else:
             fresh = variables

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import optax
+from jax import Device
 from jax.sharding import AxisType, PartitionSpec
 
 from kd2m_jax.losses import Metric
@@ -19,7 +20,7 @@ def pmap_step(
     metric: Metric | str | None,
     coef: Coef = 1.0,
     task_coef: Coef = 1.0,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
 ) -> Step:
     """`make_train_step` over this process's devices with ``jax.pmap``.
 

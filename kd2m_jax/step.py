@@ -13,7 +13,6 @@ from kd2m_jax.networks import Network
 from kd2m_jax.outputs import Outputs
 
 Coef = float | Callable[[ArrayLike], ArrayLike]
-Step = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
 
 class TrainState(NamedTuple):
@@ -37,6 +36,9 @@ class TrainState(NamedTuple):
     def variables(self) -> tuple[Any, Any]:
         """``(params, model_state)``, what evaluation and a later student need of a teacher."""
         return self.params, self.model_state
+
+
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def init_state(
@@ -231,7 +233,9 @@ def make_eval_step(network: Network) -> Callable[..., dict[str, jax.Array]]:
         x, labels = batch
         out, _ = network.apply(*variables, x, train=False, rng=None)
         counted = labels >= 0
-        logits = jnp.asarray(out.logits, jnp.promote_types(jnp.asarray(out.logits).dtype, jnp.float32))
+        logits = jnp.asarray(
+            out.logits, jnp.promote_types(jnp.asarray(out.logits).dtype, jnp.float32)
+        )
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(
             logits, jnp.where(counted, labels, 0)
         )

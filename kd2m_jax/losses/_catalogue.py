@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -181,8 +182,8 @@ def distillation_loss(
     labels: ArrayLike,
     *,
     metric: Metric | str | None,
-    coef: ArrayLike,
-    task_coef: ArrayLike = 1.0,
+    coef: jax.Array | float,
+    task_coef: jax.Array | float = 1.0,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, LossTerms]:
     """The student's loss: ``task_coef * cross-entropy + coef * metric(student, teacher)``.
@@ -216,7 +217,7 @@ def distillation_loss(
     """
     student, teacher = Outputs(*student), Outputs(*teacher)
     for name, weight in (("coef", coef), ("task_coef", task_coef)):
-        if not isinstance(weight, jax.core.Tracer) and not weight >= 0:
+        if not isinstance(weight, jax.core.Tracer) and not float(weight) >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
     if student.logits is None:
         raise ValueError("the student's Outputs have no logits, which the cross-entropy needs")
@@ -229,4 +230,5 @@ def distillation_loss(
         distillation = jnp.zeros_like(task)
     else:
         distillation = metric(student, jax.lax.stop_gradient(teacher), labels, key=key)
-    return task_coef * task + coef * distillation, LossTerms(task, distillation)
+    total = jnp.asarray(task_coef) * task + jnp.asarray(coef) * distillation
+    return total, LossTerms(task, distillation)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -32,7 +33,9 @@ def loss(fn: F) -> F:
         for name in options:
             value = kwargs.get(name)
             if isinstance(value, jax.core.Tracer):
-                raise TypeError(f"{name} is a static option: pass a Python number, not a traced one")
+                raise TypeError(
+                    f"{name} is a static option: pass a Python number, not a traced one"
+                )
             if isinstance(value, jax.Array):  # a concrete 0-d array is as good as a number
                 kwargs[name] = value.item()
         return compiled(*args, **kwargs)

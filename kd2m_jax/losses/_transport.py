@@ -81,7 +81,8 @@ def w2(
     """
     z_s, z_t = clouds(z_s, z_t)
     cost = squared_distances(z_s, z_t)
-    return _transport(cost, everyone(*cost.shape, cost.dtype), solver, epsilon, has_aux)
+    groups = everyone(cost.shape[0], cost.shape[1], cost.dtype)
+    return _transport(cost, groups, solver, epsilon, has_aux)
 
 
 @loss
@@ -191,7 +192,8 @@ def jw2(
         )
     number("beta", beta, positive=False)
     cost = squared_distances(z_s, z_t) + beta * _label_cost(logits_s, logits_t, label_cost)
-    return _transport(cost, everyone(*cost.shape, cost.dtype), solver, epsilon, has_aux)
+    groups = everyone(cost.shape[0], cost.shape[1], cost.dtype)
+    return _transport(cost, groups, solver, epsilon, has_aux)
 
 
 def _label_cost(logits_s: jax.Array, logits_t: jax.Array, kind: str) -> jax.Array:
@@ -270,4 +272,4 @@ def _sinkhorn(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
         out = solver(problem, init=(f / scale, g / scale))
     # One last plain update of the rows: over-relaxation leaves the total mass slightly off one.
     rows = jax.nn.softmax((out.g[None, :] - cost / scale) / epsilon, axis=1)
-    return TransportInfo(a[:, None] * rows, out.converged, out.n_iters)
+    return TransportInfo(a[:, None] * rows, jnp.asarray(out.converged), jnp.asarray(out.n_iters))

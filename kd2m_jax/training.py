@@ -1,0 +1,384 @@
+"""Distillation with your own model, teacher and data: fit()."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from kd2m_jax.losses import Metric
+from kd2m_jax.networks import DEVICES, Network, from_linen, from_nnx
+from kd2m_jax.step import Coef, TrainState, init_state, make_eval_step, step_body
+
+Model = nnx.Module | nn.Module | Network
+Arrays = tuple[Any, Any]
+# (x, keys) -> x: what happens to inputs inside the program; keys is None in evaluation.
+Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A training loss became NaN or infinite. The last good checkpoint is still there."""
+
+
+class FitResult(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      student: the trained student: an NNX module for an NNX module, the dict of variables for a
+        Linen one, the pair ``(params, state)`` for a `Network`. The last epoch's.
+      best: the same, of the epoch with the best test accuracy (the last without ``eval_data``).
+      history: the records that the callbacks got, oldest first.
+      state: the final `TrainState`.
+    """
+
+    student: Any
+    best: Any
+    history: list[dict]
+    state: TrainState
+
+
+def fit(
+    student: Model,
+    data: Arrays | Iterable[Arrays],
+    *,
+    teacher: Model | None = None,
+    teacher_variables: Any = None,
+    metric: Metric | str | None = None,
+    coef: Coef = 1.0,
+    task_coef: Coef = 1.0,
+    optimizer: optax.GradientTransformation | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    eval_data: Arrays | None = None,
+    preprocess: Preprocess | None = None,
+    callbacks: Sequence[Callable[[dict], None]] = (),
+    log_every: int = 50,
+    checkpoint_dir: str | os.PathLike | None = None,
+    seed: int = 0,
+    max_steps: int | None = None,
+    devices: Sequence[Any] | None = None,
+) -> FitResult:
+    """Train a student, alone or against a frozen teacher.
+
+    Arrays live on the device for the whole run; shuffling, gathering and ``preprocess`` run
+    inside the compiled step. The step runs under pmap over all local devices.
+
+    Args:
+      student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
+        returns `Outputs` or ``(features, logits)``.
+      data: ``(x, labels)`` arrays (``x [n, ...]`` of any dtype, labels ``[n]`` integers), or an
+        iterable of such batches that can be iterated once an epoch.
+      teacher: the frozen network, or None.
+      teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
+        an NNX module brings its own.
+      metric: a name from ``losses.METRICS`` or a `losses.Metric`; None for cross-entropy alone.
+      coef: >= 0, lambda, a number or an optax schedule of the step.
+      task_coef: >= 0, the weight of the cross-entropy.
+      optimizer: an optax optimizer; Adam with a cosine from 1e-3 to 0 by default.
+      epochs: passes over the data.
+      batch_size: global, over all devices; of arrays. An epoch drops the incomplete last batch.
+      eval_data: ``(x, labels)`` arrays to evaluate on after each epoch.
+      preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key an
+        example in training (augmentation), None in evaluation.
+      callbacks: called with each record: a dict with ``step``, ``epoch``, ``steps`` (total, None
+        if unknown), ``loss``, ``task_loss`` (nats), ``train_accuracy``, with a teacher
+        ``distillation_loss`` and ``coef`` (means since the last record), and at the end of an
+        epoch with eval_data ``test_loss`` and ``test_accuracy`` (over all examples). The records
+        of a resumed run are handed over again, first.
+      log_every: steps from one record to the next.
+      checkpoint_dir: where to keep the last and the best checkpoint; a run that finds one there
+        continues from it, to the same result to the bit (CPU, same devices).
+      seed: decides initialisation (of Linen students), order, augmentation and dropout.
+      max_steps: stop after so many steps, for smoke runs.
+      devices: the devices to run on; all local ones by default.
+
+    Returns:
+      A `FitResult`.
+
+    Raises:
+      ValueError: epochs or batch_size below 1, a batch larger than the data or not divisible by
+        the number of devices, a teacher without a metric or the reverse.
+      NonFiniteLoss: the loss became NaN or infinite; names the step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from kd2m_jax import fit, models
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+      >>> labels = (x[:, 0] > 0).astype(int)
+      >>> teacher = fit(models.MLP((32,), 2, in_features=4, rngs=nnx.Rngs(0)), (x, labels),
+      ...               epochs=2, batch_size=32).student
+      >>> result = fit(models.MLP((32,), 2, in_features=4, rngs=nnx.Rngs(1)), (x, labels),
+      ...              teacher=teacher, metric="cw2", coef=0.1, epochs=2, batch_size=32)
+      >>> result.history[-1]["step"], type(result.student).__name__
+      (4, 'MLP')
+    """
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("log_every", log_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if (teacher is None) != (metric is None or metric == "none"):
+        raise ValueError("a teacher and a metric to compare with it come together: got only one")
+    devices = list(devices or jax.local_devices())
+    preprocess = preprocess or (lambda x, keys: x)
+    network = as_network(student)
+    if teacher is not None:
+        teacher_variables = variables_of(teacher, teacher_variables)
+    batches = _Batches(data, batch_size, seed, len(devices))
+    total = _total_steps(batches, epochs, max_steps)
+    if optimizer is None:
+        schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
+        optimizer = optax.adam(schedule)
+    body = step_body(
+        network,
+        None if teacher is None else as_network(teacher),
+        optimizer,
+        metric=metric,
+        coef=coef,
+        task_coef=task_coef,
+        axis=DEVICES,
+    )
+    step = _mapped(body, preprocess, devices)
+    sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
+    state = init_state(
+        network, optimizer, jnp.zeros(sample.shape, sample.dtype), key=jax.random.key(seed)
+    )
+    evaluate = _evaluator(network, eval_data, preprocess)
+    log = _Log(callbacks, metric is not None and metric != "none", total)
+
+    checkpoints, best_variables, epoch = None, state.variables, 0
+    if checkpoint_dir is not None:
+        from kd2m_jax._checkpoints import Checkpoints  # orbax takes a second to import
+
+        checkpoints = Checkpoints(checkpoint_dir)
+        if found := checkpoints.restore(state):
+            state, saved = found
+            epoch = saved["epoch"]
+            log.replay(saved["history"])
+            if found := checkpoints.restore(state, best=True):
+                best_variables = found[0].variables
+    done = int(state.step)
+    best = max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0)
+    while epoch < epochs and (max_steps is None or done < max_steps):
+        for order, arrays in batches.epoch(epoch):
+            if max_steps is not None and done >= max_steps:
+                break
+            state, metrics = step(state, teacher_variables, order, arrays)
+            done += 1
+            log.add(done, epoch + 1, metrics)
+            if done % log_every == 0 and done % (batches.steps_per_epoch or math.inf):
+                log.emit({})
+        epoch += 1
+        scores = evaluate(state.variables)
+        log.emit(scores)
+        is_best = not scores or scores["test_accuracy"] > best
+        if is_best:
+            best = scores.get("test_accuracy", best)
+            best_variables = jax.tree.map(jnp.array, state.variables)  # the next step donates
+        if checkpoints:
+            checkpoints.save(done, state, {"epoch": epoch, "history": log.history}, best=is_best)
+    if checkpoints:
+        checkpoints.close()
+    return FitResult(
+        trained(student, state.variables), trained(student, best_variables), log.history, state
+    )
+
+
+def as_network(model: Model) -> Network:
+    """A `Network` as it is; a Flax module wrapped."""
+    if isinstance(model, Network):
+        return model
+    if isinstance(model, nnx.Module):
+        return from_nnx(model)
+    if isinstance(model, nn.Module):
+        return from_linen(model)
+    raise TypeError(
+        f"a model is a flax.nnx.Module, a flax.linen.Module or a kd2m_jax.Network, got "
+        f"{type(model).__name__}"
+    )
+
+
+def variables_of(model: Model, variables: Any) -> tuple[Any, Any]:
+    """``(params, state)`` of a trained model."""
+    if isinstance(variables, dict) and "params" in variables:
+        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    if variables is not None:
+        return variables
+    if isinstance(model, nnx.Module):
+        return from_nnx(model).init(None, None)
+    raise ValueError(
+        "teacher_variables is needed: only an NNX module brings its own trained variables"
+    )
+
+
+def trained(model: Model, variables: tuple[Any, Any]) -> Any:
+    """The model as its users know it, with these variables."""
+    params, state = variables
+    if isinstance(model, nnx.Module):
+        graph, _, rngs, _ = nnx.split(model, nnx.Param, nnx.RngState, ...)
+        return nnx.merge(graph, params, rngs, state, copy=True)
+    if isinstance(model, nn.Module):
+        return {"params": params, **state}
+    return variables
+
+
+class _Batches:
+    """Arrays on the device in a fresh order an epoch, or somebody's iterable as it is."""
+
+    def __init__(self, data: Arrays | Iterable[Arrays], batch_size: int, seed: int, devices: int):
+        self._seed, self._devices, self._batch_size = seed, devices, batch_size
+        self._iterable = None
+        if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
+            x, labels = (jnp.asarray(a) for a in data)
+            if len(x) != len(labels):
+                raise ValueError(f"{len(x)} inputs, but {len(labels)} labels")
+            if batch_size > len(x):
+                raise ValueError(f"batch_size {batch_size} is larger than the data ({len(x)})")
+            self._arrays = x, labels
+            self.steps_per_epoch = len(x) // batch_size
+            self.sample = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+        else:
+            self._iterable = data
+            self.steps_per_epoch = len(data) if hasattr(data, "__len__") else None
+            first = next(iter(data))[0]
+            if iter(data) is data:
+                raise ValueError(
+                    "data is a generator, which can be read only once: pass something that can "
+                    "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
+                )
+            self.sample = jax.ShapeDtypeStruct(np.shape(first), np.asarray(first).dtype)
+
+    def epoch(self, epoch: int):
+        """Pairs of an order ``[devices, n / devices]`` and the arrays that it indexes."""
+        if self._iterable is not None:
+            for x, labels in self._iterable:
+                yield self._split(jnp.arange(len(labels))), (jnp.asarray(x), jnp.asarray(labels))
+            return
+        key = jax.random.fold_in(jax.random.key(self._seed), epoch)
+        order = jax.random.permutation(key, len(self._arrays[1]))
+        for i in range(self.steps_per_epoch):
+            rows = order[i * self._batch_size : (i + 1) * self._batch_size]
+            yield self._split(rows), self._arrays
+
+    def _split(self, rows: jax.Array) -> jax.Array:
+        if len(rows) % self._devices:
+            raise ValueError(
+                f"a batch of {len(rows)} does not split evenly over {self._devices} devices"
+            )
+        return rows.reshape(self._devices, -1)
+
+
+def _mapped(body, preprocess: Preprocess, devices):
+    """The step under pmap, taking its batch from arrays that are on the device."""
+
+    def step(state, teacher_variables, rows, arrays):
+        x, labels = (a[rows] for a in arrays)
+        # One key an example, so that augmentation does not depend on the number of devices.
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+        return body(state, teacher_variables, (preprocess(x, keys), labels))
+
+    return jax.pmap(
+        step,
+        axis_name=DEVICES,
+        in_axes=(None, None, 0, None),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=0,
+    )
+
+
+def _total_steps(batches: _Batches, epochs: int, max_steps: int | None) -> int | None:
+    if batches.steps_per_epoch is None:
+        return max_steps
+    steps = batches.steps_per_epoch * epochs
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess):
+    """A function of variables: accuracy and loss over all examples, or nothing without data."""
+    if data is None:
+        return lambda variables: {}
+    x, labels = (jnp.asarray(a) for a in data)
+    # One shape for all batches, the last one padded with labels that do not count.
+    size = min(len(x), 500)
+    padding = -len(x) % size
+    x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
+    labels = jnp.concatenate([labels.astype(jnp.int32), jnp.full(padding, -1, jnp.int32)])
+    prepared = Network(
+        network.init,
+        lambda params, state, x, **options: network.apply(
+            params, state, preprocess(x, None), **options
+        ),
+    )
+    eval_step = make_eval_step(prepared)
+
+    def evaluate(variables):
+        parts = [
+            eval_step(variables, (x[i : i + size], labels[i : i + size]))
+            for i in range(0, len(x), size)
+        ]
+        sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+        return {
+            "test_loss": sums["loss"] / sums["count"],
+            "test_accuracy": sums["correct"] / sums["count"],
+        }
+
+    return evaluate
+
+
+class _Log:
+    """Means over the steps since the last record, checked for NaN, handed to the callbacks."""
+
+    def __init__(self, callbacks, has_teacher: bool, total: int | None):
+        self.history: list[dict] = []
+        self._callbacks, self._total = callbacks, total
+        names = {"loss": "loss", "task_loss": "task_loss", "accuracy": "train_accuracy"}
+        if has_teacher:
+            names |= {"distillation_loss": "distillation_loss", "coef": "coef"}
+        self._names = names
+        self._window: list[dict[str, float]] = []
+        self._pending = None
+        self._at = (0, 0)
+
+    def add(self, step: int, epoch: int, metrics: dict[str, jax.Array]) -> None:
+        """Take a step's metrics. They are read one step later, while the next one runs."""
+        self._settle()
+        self._pending, self._at = metrics, (step, epoch)
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        values = {name: float(self._pending[name]) for name in self._names}
+        self._pending = None
+        if not math.isfinite(values["loss"]):
+            terms = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise NonFiniteLoss(f"the loss is not finite at step {self._at[0]} ({terms})")
+        self._window.append(values)
+
+    def emit(self, scores: dict[str, float]) -> None:
+        """Close the window and hand a record over."""
+        self._settle()
+        if not self._window:
+            return
+        step, epoch = self._at
+        record = {"step": step, "epoch": epoch, "steps": self._total}
+        for name, alias in self._names.items():
+            record[alias] = sum(values[name] for values in self._window) / len(self._window)
+        record |= scores
+        self._window = []
+        self.history.append(record)
+        for callback in self._callbacks:
+            callback(record)
+
+    def replay(self, history: list[dict]) -> None:
+        """Hand the records of an earlier, interrupted run over again."""
+        self.history = list(history)
+        for record in history:
+            for callback in self._callbacks:
+                callback(record)
