@@ -1,0 +1,1 @@
+"""The experiments: short programs over the library, one per data set."""

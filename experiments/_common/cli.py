@@ -1,0 +1,134 @@
+"""The command line of the training mains: flags with defaults, and one line for a mistake."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+class UsageError(ValueError):
+    """Something that a user can mistake: shown as one line, exit status 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What the student is asked to match, and how strongly."""
+
+    metric: str = "cw2"
+    """Distance between the networks' features: w2, cw2, jw2, gaussian-w2, gaussian-cw2,
+    gaussian-kl, gaussian-ckl, l2 or none. NAME@logits compares the logits instead."""
+    coef: float = 1e-4
+    """Lambda, the weight of the distance; >= 0. Squared features' scale matters: see README."""
+    task_coef: float = 1.0
+    """The weight of the cross-entropy on the labels; >= 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """Who teaches whom."""
+
+    teacher: str = "resnet34"
+    """The teacher's network: resnet8/20/56/8x4/32x4/18/34/50, mlp-teacher, mlp-64-32, ..."""
+    student: str = "resnet18"
+    """The student's network, of the same names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How all three networks are trained."""
+
+    protocol: str = "kd2m"
+    """Optimizer and schedule: digits, kd2m (the paper's) or crd (the CIFAR-100 standard)."""
+    epochs: int | None = None
+    """Passes over the training set, in each phase (default: the protocol's: 20, 15 or 240)."""
+    batch_size: int | None = None
+    """Examples a step, over all devices (default: the protocol's: 128, 128 or 64)."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """What the networks compute in; parameters, losses and statistics stay float32."""
+    seed: int = 0
+    """Decides initialisation, order and augmentation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where data comes from and results go."""
+
+    data_dir: str | None = None
+    """Folder of tensorflow-datasets (default: ~/tensorflow_datasets)."""
+    out: str | None = None
+    """The run folder (default: runs/<dataset>-<metric>-<seed>)."""
+    resume: bool = False
+    """Continue the run in --out; starts afresh where there is none."""
+    max_steps: int | None = None
+    """Cut every phase after so many steps: a smoke run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that a training main takes."""
+
+    distillation: tyro.conf.OmitArgPrefixes[Distillation] = Distillation()
+    networks: tyro.conf.OmitArgPrefixes[Networks] = Networks()
+    training: tyro.conf.OmitArgPrefixes[Training] = Training()
+    run: tyro.conf.OmitArgPrefixes[Run] = Run()
+
+
+@dataclasses.dataclass(frozen=True)
+class CifarSettings(Settings):
+    """`Settings`, and which of the two CIFARs."""
+
+    dataset: Annotated[Literal["cifar10", "cifar100"], tyro.conf.arg(help="Which CIFAR.")] = (
+        "cifar10"
+    )
+
+
+def main(settings: T, run: Callable[[T], object], *, module: str, description: str) -> None:
+    """Read the command line over these defaults and run; a mistake is one line and status 2."""
+    settings = tyro.cli(
+        type(settings),
+        default=settings,
+        prog=f"python -m {module}",
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+    from experiments._common.data import DataError
+    from kd2m_jax import NonFiniteLoss
+
+    try:
+        run(settings)
+    except (UsageError, DataError) as error:
+        sys.exit(_fail(error, 2))
+    except NonFiniteLoss as error:
+        sys.exit(_fail(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped; the same command with --resume continues", 130))
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def check(settings: Settings) -> None:
+    """Raise UsageError for what is wrong with the flags, before anything is loaded or made."""
+    from experiments._common.protocols import PROTOCOLS
+    from kd2m_jax.losses._checks import did_you_mean
+
+    d, t, r = settings.distillation, settings.training, settings.run
+    for flag, value in (("--coef", d.coef), ("--task-coef", d.task_coef)):
+        if not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{flag} must be a number >= 0, got {value}")
+    if t.protocol not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {t.protocol!r}: {did_you_mean(t.protocol, PROTOCOLS)}")
+    for flag, value in (
+        ("--epochs", t.epochs),
+        ("--batch-size", t.batch_size),
+        ("--max-steps", r.max_steps),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")

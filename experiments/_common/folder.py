@@ -1,0 +1,105 @@
+"""The folder that a run leaves: configuration, environment, metrics, events, checkpoints."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shutil
+
+from tensorboardX import SummaryWriter
+
+from experiments._common.cli import UsageError
+
+OURS = ("config.json", "env.json", "metrics.jsonl", "report.md", "curves.png")
+OUR_FOLDERS = ("checkpoints", "tensorboard")
+PACKAGES = ("kd2m-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "orbax-checkpoint", "numpy")
+
+
+class RunFolder:
+    """One run's folder, made or taken up again.
+
+    An earlier run's files are moved to ``previous-<k>/`` unless the run is resumed; files that
+    are not ours are left alone.
+    """
+
+    def __init__(self, path: str | pathlib.Path, config: dict, *, resume: bool):
+        self.path = pathlib.Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out {path} is a file, not a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        existing = self.path / "config.json"
+        if resume and existing.exists():
+            self._check_same(json.loads(existing.read_text()), config)
+        else:
+            self._set_aside()
+        _write_json(existing, config)
+        self.checkpoints = self.path / "checkpoints"
+
+    def _check_same(self, old: dict, new: dict) -> None:
+        changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+        if changed:
+            what = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
+            raise UsageError(
+                f"{self.path} holds a run with other settings ({what}): resume it with its own, "
+                "or name another --out"
+            )
+
+    def _set_aside(self) -> None:
+        names = [n for n in (*OURS, *OUR_FOLDERS) if (self.path / n).exists()]
+        if not names:
+            return
+        k = 1
+        while (self.path / f"previous-{k}").exists():
+            k += 1
+        aside = self.path / f"previous-{k}"
+        aside.mkdir()
+        for name in names:
+            shutil.move(self.path / name, aside / name)
+        print(f"An earlier run's files are now in {aside} (--resume would continue it).")
+
+    def write_environment(self, **more) -> None:
+        """Versions and machine, what may explain a difference between two runs."""
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        host = {"python": platform.python_version(), "machine": platform.machine()}
+        _write_json(self.path / "env.json", {**host, "packages": versions, **more})
+
+    def phase(self, name: str):
+        """A callback that writes a phase's records, in the place of what it wrote before."""
+        file = self.path / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["phase"] != name]
+        # A new file, then a rename: killed in between, the old one is still whole.
+        scratch = file.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        scratch.replace(file)
+        events = self.path / "tensorboard" / name
+        shutil.rmtree(events, ignore_errors=True)
+        writer = SummaryWriter(str(events))
+
+        def write(record: dict) -> None:
+            line = {"phase": name, **{k: v for k, v in record.items() if k != "steps"}}
+            with file.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+            for key in record.keys() - {"step", "steps", "epoch"}:
+                writer.add_scalar(key, record[key], record["step"])
+            if "test_accuracy" in record:
+                writer.flush()
+
+        return write
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict]:
+    """The lines of a run folder's metrics.jsonl, without a last one cut off by a kill."""
+    file = pathlib.Path(path) / "metrics.jsonl"
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    scratch.replace(path)

@@ -1,0 +1,120 @@
+"""From a run folder to its table, its curves and report.md. No JAX: it reads files."""
+
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments._common.folder import read_metrics
+
+# Okabe and Ito's colours, distinct for colour-blind readers.
+COLOURS = {"teacher": "#0072B2", "student": "#E69F00", "distilled": "#009E73"}
+TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "distilled student"}
+HEADER = ("", "network", "parameters", "test accuracy", "best epoch")
+
+
+def rows(path: str | pathlib.Path) -> list[tuple[str, ...]]:
+    """The final table: one row a phase, accuracies in percent over all test examples."""
+    config = json.loads((pathlib.Path(path) / "config.json").read_text())
+    lines = read_metrics(path)
+    table = []
+    for phase, title in TITLES.items():
+        scores = [r["test_accuracy"] for r in lines if r["phase"] == phase and "test_accuracy" in r]
+        if scores:
+            which = "teacher" if phase == "teacher" else "student"
+            best = max(scores)
+            table.append(
+                (
+                    title,
+                    config[which],
+                    f"{config['parameters'][which]:,}",
+                    f"{100 * scores[-1]:.2f}%",
+                    f"{100 * best:.2f}% ({scores.index(best) + 1})",
+                )
+            )
+    return table
+
+
+def text_table(path: str | pathlib.Path) -> str:
+    """The final table for a terminal."""
+    table = [HEADER, *rows(path)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def write(path: str | pathlib.Path) -> None:
+    """Write report.md and curves.png into a run folder."""
+    path = pathlib.Path(path)
+    config = json.loads((path / "config.json").read_text())
+    env = json.loads((path / "env.json").read_text())
+    _curves(path)
+    title = f"{config['dataset']}: {config['teacher']} to {config['student']}"
+    out = [f"# {title}, metric {config['metric']}", ""]
+    out += ["| " + " | ".join(HEADER) + " |", "|---|---|---:|---:|---:|"]
+    out += ["| " + " | ".join(row) + " |" for row in rows(path)]
+    out += [
+        "",
+        "Test accuracy is that of the last epoch, over all test examples; the best epoch's is "
+        "chosen on the same test set, so it flatters.",
+        "",
+        "![Accuracy and loss of the three networks](curves.png)",
+        "",
+        "## Configuration",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in config.items()),
+        "",
+        "## Environment",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in {**env, **env["packages"]}.items()
+          if name != "packages"),
+        "",
+    ]  # fmt: skip
+    (path / "report.md").write_text("\n".join(out))
+
+
+def _curves(path: pathlib.Path) -> None:
+    """Test accuracy, task loss and distance against the epoch."""
+    lines = read_metrics(path)
+    config = json.loads((path / "config.json").read_text())
+    panels = [("test_accuracy", "test accuracy (%)"), ("task_loss", "cross-entropy (nats)")]
+    if any("distillation_loss" in r for r in lines):
+        panels.append(("distillation_loss", config["metric"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
+    for axis, (key, label) in zip(axes[0], panels, strict=True):
+        for phase, colour in COLOURS.items():
+            points = [(_epoch(r, lines), r[key]) for r in lines if r["phase"] == phase and key in r]
+            if points:
+                x, y = zip(*points, strict=True)
+                if key == "test_accuracy":
+                    y = [100 * v for v in y]
+                marker = "o" if len(points) == 1 else None
+                axis.plot(x, y, color=colour, label=TITLES[phase], marker=marker, linewidth=1.5)
+        if key != "test_accuracy" and all(v > 0 for line in axis.lines for v in line.get_ydata()):
+            axis.set_yscale("log")
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path / "curves.png", dpi=150)
+    plt.close(figure)
+
+
+def _epoch(record: dict, lines: list[dict]) -> float:
+    """How many epochs were done at a record, in fractions."""
+    ends = [r["step"] for r in lines if r["phase"] == record["phase"] and "test_accuracy" in r]
+    return record["step"] / ends[0] if ends and ends[0] else record["epoch"]

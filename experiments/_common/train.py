@@ -1,0 +1,179 @@
+"""Teacher, student alone, distilled student: what every training main does."""
+
+import functools
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tqdm import tqdm
+
+from experiments._common import report
+from experiments._common.augment import preprocess
+from experiments._common.cli import Settings, UsageError, check
+from experiments._common.data import Dataset, load
+from experiments._common.folder import RunFolder
+from experiments._common.protocols import PROTOCOLS
+from kd2m_jax import FitResult, fit, losses, models
+
+LOG_EVERY = 10
+
+
+def train_and_report(settings: Settings, dataset_name: str) -> None:
+    """Run the three phases into a run folder and print its table."""
+    check(settings)
+    metric = _metric(settings.distillation.metric)
+    dataset = load(dataset_name, settings.run.data_dir)
+    config = configuration(settings, dataset)
+    nets = {
+        role: functools.partial(_network, config[role], dataset, config) for role in
+        ("teacher", "student")
+    }  # fmt: skip
+    config["parameters"] = {role: _parameters(role, net) for role, net in nets.items()}
+    _check_batch(config, dataset)
+    out = settings.run.out or f"runs/{dataset_name}-{config['metric']}-{config['seed']}"
+    folder = RunFolder(out, config, resume=settings.run.resume)
+    folder.write_environment(
+        devices=[d.device_kind for d in jax.local_devices()], backend=jax.default_backend()
+    )
+    phase = functools.partial(run_phase, folder, config, dataset)
+
+    teacher_id = {k: v for k, v in config.items() if k not in _NOT_THE_TEACHERS}
+    digest = hashlib.sha256(json.dumps(teacher_id, sort_keys=True).encode()).hexdigest()[:12]
+    cache = folder.path.parent / "teachers" / f"{dataset_name}-{config['teacher']}-{digest}"
+    teacher = phase("teacher", nets["teacher"](), cache).student
+    phase("student", nets["student"](), folder.checkpoints / "student")
+    if metric is not None:
+        _check_sizes(teacher, nets["student"], dataset, metric)
+        phase(
+            "distilled",
+            nets["student"](),
+            folder.checkpoints / "distilled",
+            teacher=teacher,
+            metric=metric,
+            coef=config["coef"],
+            task_coef=config["task_coef"],
+        )
+    report.write(folder.path)
+    print(f"\n{report.text_table(folder.path)}\n\nReport: {folder.path / 'report.md'}")
+
+
+_NOT_THE_TEACHERS = ("metric", "coef", "task_coef", "student", "parameters")
+
+
+def configuration(settings: Settings, dataset: Dataset) -> dict:
+    """Everything that decides the result, flat, as config.json has it."""
+    d, n, t = settings.distillation, settings.networks, settings.training
+    protocol = PROTOCOLS[t.protocol]
+    return {
+        "dataset": dataset.name,
+        "metric": d.metric,
+        "coef": d.coef,
+        "task_coef": d.task_coef,
+        "teacher": n.teacher,
+        "student": n.student,
+        "protocol": t.protocol,
+        "epochs": t.epochs or protocol.epochs,
+        "batch_size": t.batch_size or protocol.batch_size,
+        "precision": t.precision,
+        "seed": t.seed,
+        "max_steps": settings.run.max_steps,
+    }
+
+
+def run_phase(
+    folder: RunFolder,
+    config: dict,
+    dataset: Dataset,
+    name: str,
+    network: nnx.Module,
+    checkpoint_dir: pathlib.Path,
+    **distillation,
+) -> FitResult:
+    """Train one network, with a progress bar, into the run folder."""
+    steps_per_epoch = len(dataset.train[0]) // config["batch_size"]
+    optimizer = PROTOCOLS[config["protocol"]].optimizer(config["epochs"], steps_per_epoch)
+    with tqdm(desc=report.TITLES[name], unit=" images", unit_scale=True) as bar:
+        return fit(
+            network,
+            dataset.train,
+            eval_data=dataset.test,
+            preprocess=preprocess(dataset),
+            optimizer=optimizer,
+            epochs=config["epochs"],
+            batch_size=config["batch_size"],
+            seed=config["seed"],
+            max_steps=config["max_steps"],
+            log_every=LOG_EVERY,
+            callbacks=[folder.phase(name), _progress(bar, config["batch_size"])],
+            checkpoint_dir=checkpoint_dir,
+            **distillation,
+        )
+
+
+def _progress(bar: tqdm, batch_size: int):
+    scores = {}
+
+    def update(record: dict) -> None:
+        bar.total = record["steps"] * batch_size
+        scores.update(loss=f"{record['loss']:.3f}")
+        if "test_accuracy" in record:
+            scores.update(test=f"{100 * record['test_accuracy']:.1f}%")
+        bar.set_postfix(scores, refresh=False)
+        bar.update(record["step"] * batch_size - bar.n)
+
+    return update
+
+
+def _metric(name: str) -> losses.Metric | None:
+    if name == "none":
+        return None
+    try:
+        return losses.get_metric(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _network(name: str, dataset: Dataset, config: dict) -> nnx.Module:
+    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[config["precision"]]
+    return models.build(
+        name,
+        num_classes=len(dataset.classes),
+        image_shape=dataset.train[0].shape[1:],
+        rngs=nnx.Rngs(config["seed"]),
+        dtype=dtype,
+    )
+
+
+def _parameters(role: str, network) -> int:
+    try:
+        abstract = nnx.eval_shape(network)
+    except ValueError as error:
+        raise UsageError(f"--{role}: {error}") from error
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+
+
+def _check_batch(config: dict, dataset: Dataset) -> None:
+    size, devices = config["batch_size"], jax.local_device_count()
+    if size > len(dataset.train[0]):
+        raise UsageError(
+            f"--batch-size {size} is larger than the training set ({len(dataset.train[0])} images)"
+        )
+    if size % devices:
+        raise UsageError(f"--batch-size {size} does not split evenly over {devices} devices")
+
+
+def _check_sizes(teacher: nnx.Module, student, dataset: Dataset, metric: losses.Metric) -> None:
+    """Both networks' features must have one size, unless the logits are compared."""
+    x = jnp.zeros((1, *dataset.train[0].shape[1:]))
+    sizes = [
+        nnx.eval_shape(lambda m: m(x), m).features.shape[1]
+        for m in (teacher, nnx.eval_shape(student))
+    ]
+    if metric.on == "features" and sizes[0] != sizes[1]:
+        raise UsageError(
+            f"the teacher has {sizes[0]} features and the student {sizes[1]}: choose networks "
+            f"with equal sizes, or --metric={metric.name}@logits"
+        )
