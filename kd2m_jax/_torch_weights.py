@@ -48,8 +48,8 @@ def load_torch_weights(
         which downloads ``model.safetensors`` from there with the package ``huggingface_hub``:
         ``hf:timm/resnet34.tv_in1k`` are torchvision's weights. What is pickled in a file is
         never run: anything but tensors in plain containers is refused.
-      replace_head: leave the file's classifier ``fc`` out and keep the model's fresh one, to
-        learn other classes.
+      replace_head: where the file's classifier ``fc`` is for another number of classes, or not
+        there, keep the model's fresh one.
 
     Returns:
       The model.
@@ -79,7 +79,9 @@ def load_torch_weights(
         for route, variable in nnx.iter_graph(model)
         if isinstance(variable, nnx.Param | nnx.BatchStat)
     }
-    if replace_head:
+    heads = [getattr(named.get("fc.weight"), "shape", None) for named in (arrays, variables)]
+    replaced = replace_head and heads[0] != heads[1]
+    if replaced:
         for name in ("fc.weight", "fc.bias"):
             arrays.pop(name, None)
             variables.pop(name, None)
@@ -89,7 +91,7 @@ def load_torch_weights(
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
     for name, variable in variables.items():
         variable.set_value(jnp.array(arrays[name], variable.dtype))
-    if replace_head:
+    if replaced:
         logging.getLogger(__name__).info("%s: head replaced, fc keeps its fresh weights", path)
     return model
 

@@ -1,10 +1,10 @@
 """The training step on several devices: one body under pmap and under shard_map."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
-from jax import Device
 from jax.sharding import AxisType, PartitionSpec
 
 from kd2m_jax.losses import Metric
@@ -20,7 +20,7 @@ def pmap_step(
     metric: Metric | str | None,
     coef: Coef = 1.0,
     task_coef: Coef = 1.0,
-    devices: Sequence[Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Step:
     """`make_train_step` over this process's devices with ``jax.pmap``.
 

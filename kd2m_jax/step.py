@@ -12,7 +12,7 @@ from kd2m_jax.losses import Metric, distillation_loss, get_metric
 from kd2m_jax.networks import Network
 from kd2m_jax.outputs import Outputs
 
-Coef = float | Callable[[ArrayLike], ArrayLike]
+Coef = float | Callable[[ArrayLike], Any]
 
 
 class TrainState(NamedTuple):
@@ -162,7 +162,7 @@ def step_body(
         dropout_key, metric_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         if axis is not None:
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis))
-        weights = [w(state.step) if callable(w) else w for w in (coef, task_coef)]
+        weights: list[Any] = [w(state.step) if callable(w) else w for w in (coef, task_coef)]
         seen_by_teacher = None
         if teacher is not None:
             seen_by_teacher, _ = teacher.apply(*teacher_variables, x, train=False, rng=None)

@@ -1,6 +1,5 @@
 """Distillation with your own model, teacher and data: fit()."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -8,22 +7,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
+from kd2m_jax._batches import Arrays, Batches, steps_per_call
+from kd2m_jax._log import Log
+from kd2m_jax._log import NonFiniteLoss as NonFiniteLoss
 from kd2m_jax.losses import Metric
 from kd2m_jax.networks import DEVICES, Network, from_linen, from_nnx
 from kd2m_jax.step import Coef, TrainState, init_state, make_eval_step, step_body
 
 Model = nnx.Module | nn.Module | Network
-Arrays = tuple[Any, Any]
 # (x, keys) -> x: what happens to inputs inside the program; keys is None in evaluation.
 Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
-
-
-class NonFiniteLoss(FloatingPointError):
-    """A training loss became NaN or infinite. The last good checkpoint is still there."""
 
 
 class FitResult(NamedTuple):
@@ -129,7 +125,7 @@ def fit(
     network = as_network(student)
     if teacher is not None:
         teacher_variables = variables_of(teacher, teacher_variables)
-    batches = _Batches(data, batch_size, seed, len(devices))
+    batches = Batches(data, batch_size, seed, len(devices))
     total = _total_steps(batches, epochs, max_steps)
     if optimizer is None:
         schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
@@ -144,12 +140,13 @@ def fit(
         axis=DEVICES,
     )
     step = _mapped(body, preprocess, devices)
+    per_call = 1 if max_steps else steps_per_call(devices[0], batches.steps_per_epoch)
     sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
     state = init_state(
         network, optimizer, jnp.zeros(sample.shape, sample.dtype), key=jax.random.key(seed)
     )
     evaluate = _evaluator(network, eval_data, preprocess)
-    log = _Log(callbacks, metric is not None and metric != "none", total)
+    log = Log(callbacks, metric is not None and metric != "none", total)
 
     checkpoints, best_variables, epoch = None, state.variables, 0
     if checkpoint_dir is not None:
@@ -165,14 +162,14 @@ def fit(
     done = int(state.step)
     best = max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0)
     while epoch < epochs and (max_steps is None or done < max_steps):
-        for order, arrays in batches.epoch(epoch):
+        for rows, arrays in batches.epoch(epoch, per_call):
             if max_steps is not None and done >= max_steps:
                 break
-            state, metrics = step(state, teacher_variables, order, arrays)
-            done += 1
-            log.add(done, epoch + 1, metrics)
-            if done % log_every == 0 and done % (batches.steps_per_epoch or math.inf):
+            if log.waiting >= log_every:  # an epoch's last steps wait for its evaluation
                 log.emit({})
+            state, metrics = step(state, teacher_variables, rows, arrays)
+            done += per_call
+            log.add(done, epoch + 1, metrics)
         epoch += 1
         scores = evaluate(state.variables)
         log.emit(scores)
@@ -203,7 +200,7 @@ def as_network(model: Model) -> Network:
     )
 
 
-def variables_of(model: Model, variables: Any) -> tuple[Any, Any]:
+def variables_of(model: Model, variables: Any) -> Any:
     """``(params, state)`` of a trained model."""
     if isinstance(variables, dict) and "params" in variables:
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
@@ -227,73 +224,33 @@ def trained(model: Model, variables: tuple[Any, Any]) -> Any:
     return variables
 
 
-class _Batches:
-    """Arrays on the device in a fresh order an epoch, or somebody's iterable as it is."""
-
-    def __init__(self, data: Arrays | Iterable[Arrays], batch_size: int, seed: int, devices: int):
-        self._seed, self._devices, self._batch_size = seed, devices, batch_size
-        self._iterable = None
-        if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
-            x, labels = (jnp.asarray(a) for a in data)
-            if len(x) != len(labels):
-                raise ValueError(f"{len(x)} inputs, but {len(labels)} labels")
-            if batch_size > len(x):
-                raise ValueError(f"batch_size {batch_size} is larger than the data ({len(x)})")
-            self._arrays = x, labels
-            self.steps_per_epoch = len(x) // batch_size
-            self.sample = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
-        else:
-            self._iterable = data
-            self.steps_per_epoch = len(data) if hasattr(data, "__len__") else None
-            first = next(iter(data))[0]
-            if iter(data) is data:
-                raise ValueError(
-                    "data is a generator, which can be read only once: pass something that can "
-                    "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
-                )
-            self.sample = jax.ShapeDtypeStruct(np.shape(first), np.asarray(first).dtype)
-
-    def epoch(self, epoch: int):
-        """Pairs of an order ``[devices, n / devices]`` and the arrays that it indexes."""
-        if self._iterable is not None:
-            for x, labels in self._iterable:
-                yield self._split(jnp.arange(len(labels))), (jnp.asarray(x), jnp.asarray(labels))
-            return
-        key = jax.random.fold_in(jax.random.key(self._seed), epoch)
-        order = jax.random.permutation(key, len(self._arrays[1]))
-        for i in range(self.steps_per_epoch):
-            rows = order[i * self._batch_size : (i + 1) * self._batch_size]
-            yield self._split(rows), self._arrays
-
-    def _split(self, rows: jax.Array) -> jax.Array:
-        if len(rows) % self._devices:
-            raise ValueError(
-                f"a batch of {len(rows)} does not split evenly over {self._devices} devices"
-            )
-        return rows.reshape(self._devices, -1)
-
-
 def _mapped(body, preprocess: Preprocess, devices):
-    """The step under pmap, taking its batch from arrays that are on the device."""
+    """Steps under pmap, which take their batches from arrays that are on the device."""
 
-    def step(state, teacher_variables, rows, arrays):
+    def one(state, teacher_variables, rows, arrays):
         x, labels = (a[rows] for a in arrays)
         # One key an example, so that augmentation does not depend on the number of devices.
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
         return body(state, teacher_variables, (preprocess(x, keys), labels))
 
+    def several(state, teacher_variables, rows, arrays):
+        if len(rows) == 1:  # without the loop: see steps_per_call
+            state, metrics = one(state, teacher_variables, rows[0], arrays)
+            return state, jax.tree.map(lambda m: m[None], metrics)
+        return jax.lax.scan(lambda s, r: one(s, teacher_variables, r, arrays), state, rows)
+
     return jax.pmap(
-        step,
+        several,
         axis_name=DEVICES,
-        in_axes=(None, None, 0, None),
+        in_axes=(None, None, 1, None),
         out_axes=None,
         devices=devices,
         donate_argnums=0,
     )
 
 
-def _total_steps(batches: _Batches, epochs: int, max_steps: int | None) -> int | None:
+def _total_steps(batches: Batches, epochs: int, max_steps: int | None) -> int | None:
     if batches.steps_per_epoch is None:
         return max_steps
     steps = batches.steps_per_epoch * epochs
@@ -330,55 +287,3 @@ def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess):
         }
 
     return evaluate
-
-
-class _Log:
-    """Means over the steps since the last record, checked for NaN, handed to the callbacks."""
-
-    def __init__(self, callbacks, has_teacher: bool, total: int | None):
-        self.history: list[dict] = []
-        self._callbacks, self._total = callbacks, total
-        names = {"loss": "loss", "task_loss": "task_loss", "accuracy": "train_accuracy"}
-        if has_teacher:
-            names |= {"distillation_loss": "distillation_loss", "coef": "coef"}
-        self._names = names
-        self._window: list[dict[str, float]] = []
-        self._pending = None
-        self._at = (0, 0)
-
-    def add(self, step: int, epoch: int, metrics: dict[str, jax.Array]) -> None:
-        """Take a step's metrics. They are read one step later, while the next one runs."""
-        self._settle()
-        self._pending, self._at = metrics, (step, epoch)
-
-    def _settle(self) -> None:
-        if self._pending is None:
-            return
-        values = {name: float(self._pending[name]) for name in self._names}
-        self._pending = None
-        if not math.isfinite(values["loss"]):
-            terms = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise NonFiniteLoss(f"the loss is not finite at step {self._at[0]} ({terms})")
-        self._window.append(values)
-
-    def emit(self, scores: dict[str, float]) -> None:
-        """Close the window and hand a record over."""
-        self._settle()
-        if not self._window:
-            return
-        step, epoch = self._at
-        record = {"step": step, "epoch": epoch, "steps": self._total}
-        for name, alias in self._names.items():
-            record[alias] = sum(values[name] for values in self._window) / len(self._window)
-        record |= scores
-        self._window = []
-        self.history.append(record)
-        for callback in self._callbacks:
-            callback(record)
-
-    def replay(self, history: list[dict]) -> None:
-        """Hand the records of an earlier, interrupted run over again."""
-        self.history = list(history)
-        for record in history:
-            for callback in self._callbacks:
-                callback(record)

@@ -15,6 +15,11 @@ class UsageError(ValueError):
     """Something that a user can mistake: shown as one line, exit status 2."""
 
 
+def _optional(kind: str, default: str):
+    """A flag that may be left out, and what then stands in for it."""
+    return tyro.conf.arg(metavar=kind, help_behavior_hint=f"(default: {default})")
+
+
 @dataclasses.dataclass(frozen=True)
 class Distillation:
     """What the student is asked to match, and how strongly."""
@@ -36,6 +41,12 @@ class Networks:
     """The teacher's network: resnet8/20/56/8x4/32x4/18/34/50, mlp-teacher, mlp-64-32, ..."""
     student: str = "resnet18"
     """The student's network, of the same names."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """A ResNet's first layers: 3x3, or 7x7 and pooling (the paper's, and torchvision's)."""
+    pretrained_teacher: Annotated[str | None, _optional("FILE", "random weights")] = None
+    """Torch weights to start from: .safetensors, .pth or hf:timm/resnet34.tv_in1k."""
+    pretrained_student: Annotated[str | None, _optional("FILE", "random weights")] = None
+    """The same for the student."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +55,10 @@ class Training:
 
     protocol: str = "kd2m"
     """Optimizer and schedule: digits, kd2m (the paper's) or crd (the CIFAR-100 standard)."""
-    epochs: int | None = None
-    """Passes over the training set, in each phase (default: the protocol's: 20, 15 or 240)."""
-    batch_size: int | None = None
-    """Examples a step, over all devices (default: the protocol's: 128, 128 or 64)."""
+    epochs: Annotated[int | None, _optional("INT", "digits 20, kd2m 15, crd 240")] = None
+    """Passes over the training set, in every phase."""
+    batch_size: Annotated[int | None, _optional("INT", "digits and kd2m 128, crd 64")] = None
+    """Examples a step, over all devices together."""
     precision: Literal["f32", "bf16"] = "f32"
     """What the networks compute in; parameters, losses and statistics stay float32."""
     seed: int = 0
@@ -58,13 +69,13 @@ class Training:
 class Run:
     """Where data comes from and results go."""
 
-    data_dir: str | None = None
-    """Folder of tensorflow-datasets (default: ~/tensorflow_datasets)."""
-    out: str | None = None
-    """The run folder (default: runs/<dataset>-<metric>-<seed>)."""
-    resume: bool = False
-    """Continue the run in --out; starts afresh where there is none."""
-    max_steps: int | None = None
+    data_dir: Annotated[str | None, _optional("DIR", "~/tensorflow_datasets")] = None
+    """Folder of tensorflow-datasets; what is missing there is downloaded into it."""
+    out: Annotated[str | None, _optional("DIR", "runs/<dataset>-<metric>-<seed>")] = None
+    """The run folder."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in --out; start afresh where there is none."""
+    max_steps: Annotated[int | None, _optional("INT", "no limit")] = None
     """Cut every phase after so many steps: a smoke run."""
 
 
@@ -87,14 +98,13 @@ class CifarSettings(Settings):
     )
 
 
-def main(settings: T, run: Callable[[T], object], *, module: str, description: str) -> None:
+def main(settings: T, run: Callable[[T], object], *, module: str, description: str | None) -> None:
     """Read the command line over these defaults and run; a mistake is one line and status 2."""
     settings = tyro.cli(
         type(settings),
         default=settings,
         prog=f"python -m {module}",
         description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
     from experiments._common.data import DataError
     from kd2m_jax import NonFiniteLoss

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 
@@ -30,7 +31,7 @@ def _digits(epochs: int, steps_per_epoch: int):
 
 def _kd2m(epochs: int, steps_per_epoch: int):
     cosine = optax.cosine_decay_schedule(1e-2, epochs, alpha=1e-2)  # by epoch, as the paper's code
-    return optax.sgd(lambda step: cosine(step // steps_per_epoch), momentum=0.9)
+    return optax.sgd(lambda step: cosine(jnp.asarray(step) // steps_per_epoch), momentum=0.9)
 
 
 def _crd(epochs: int, steps_per_epoch: int):

@@ -92,7 +92,7 @@ def _curves(path: pathlib.Path) -> None:
     config = json.loads((path / "config.json").read_text())
     panels = [("test_accuracy", "test accuracy (%)"), ("task_loss", "cross-entropy (nats)")]
     if any("distillation_loss" in r for r in lines):
-        panels.append(("distillation_loss", config["metric"]))
+        panels.append(("distillation_loss", f"{config['metric']} to the teacher"))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for phase, colour in COLOURS.items():

@@ -27,12 +27,10 @@ def train_and_report(settings: Settings, dataset_name: str) -> None:
     metric = _metric(settings.distillation.metric)
     dataset = load(dataset_name, settings.run.data_dir)
     config = configuration(settings, dataset)
-    nets = {
-        role: functools.partial(_network, config[role], dataset, config) for role in
-        ("teacher", "student")
-    }  # fmt: skip
-    config["parameters"] = {role: _parameters(role, net) for role, net in nets.items()}
+    teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
+    config["parameters"] = {"teacher": _parameters(teacher), "student": _parameters(student)}
     _check_batch(config, dataset)
+    _check_sizes(teacher, student, dataset, metric)
     out = settings.run.out or f"runs/{dataset_name}-{config['metric']}-{config['seed']}"
     folder = RunFolder(out, config, resume=settings.run.resume)
     folder.write_environment(
@@ -43,13 +41,12 @@ def train_and_report(settings: Settings, dataset_name: str) -> None:
     teacher_id = {k: v for k, v in config.items() if k not in _NOT_THE_TEACHERS}
     digest = hashlib.sha256(json.dumps(teacher_id, sort_keys=True).encode()).hexdigest()[:12]
     cache = folder.path.parent / "teachers" / f"{dataset_name}-{config['teacher']}-{digest}"
-    teacher = phase("teacher", nets["teacher"](), cache).student
-    phase("student", nets["student"](), folder.checkpoints / "student")
+    teacher = phase("teacher", teacher, cache).student
+    phase("student", student, folder.checkpoints / "student")
     if metric is not None:
-        _check_sizes(teacher, nets["student"], dataset, metric)
         phase(
             "distilled",
-            nets["student"](),
+            student,
             folder.checkpoints / "distilled",
             teacher=teacher,
             metric=metric,
@@ -60,7 +57,7 @@ def train_and_report(settings: Settings, dataset_name: str) -> None:
     print(f"\n{report.text_table(folder.path)}\n\nReport: {folder.path / 'report.md'}")
 
 
-_NOT_THE_TEACHERS = ("metric", "coef", "task_coef", "student", "parameters")
+_NOT_THE_TEACHERS = ("metric", "coef", "task_coef", "student", "pretrained_student", "parameters")
 
 
 def configuration(settings: Settings, dataset: Dataset) -> dict:
@@ -74,6 +71,9 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
         "task_coef": d.task_coef,
         "teacher": n.teacher,
         "student": n.student,
+        "stem": n.stem,
+        "pretrained_teacher": n.pretrained_teacher,
+        "pretrained_student": n.pretrained_student,
         "protocol": t.protocol,
         "epochs": t.epochs or protocol.epochs,
         "batch_size": t.batch_size or protocol.batch_size,
@@ -136,23 +136,31 @@ def _metric(name: str) -> losses.Metric | None:
         raise UsageError(str(error)) from error
 
 
-def _network(name: str, dataset: Dataset, config: dict) -> nnx.Module:
+def _network(role: str, dataset: Dataset, config: dict) -> nnx.Module:
+    """A network by its name, with random or pretrained weights."""
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[config["precision"]]
-    return models.build(
-        name,
-        num_classes=len(dataset.classes),
-        image_shape=dataset.train[0].shape[1:],
-        rngs=nnx.Rngs(config["seed"]),
-        dtype=dtype,
-    )
-
-
-def _parameters(role: str, network) -> int:
     try:
-        abstract = nnx.eval_shape(network)
+        network = models.build(
+            config[role],
+            num_classes=len(dataset.classes),
+            image_shape=dataset.train[0].shape[1:],
+            rngs=nnx.Rngs(config["seed"]),
+            stem=config["stem"],
+            dtype=dtype,
+        )
     except ValueError as error:
         raise UsageError(f"--{role}: {error}") from error
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    path = config[f"pretrained_{role}"]
+    if path is None:
+        return network
+    try:
+        return models.load_torch_weights(network, path, replace_head=True)
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(f"--pretrained-{role}: {error}") from error
+
+
+def _parameters(network: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
 
 
 def _check_batch(config: dict, dataset: Dataset) -> None:
@@ -165,14 +173,13 @@ def _check_batch(config: dict, dataset: Dataset) -> None:
         raise UsageError(f"--batch-size {size} does not split evenly over {devices} devices")
 
 
-def _check_sizes(teacher: nnx.Module, student, dataset: Dataset, metric: losses.Metric) -> None:
+def _check_sizes(
+    teacher: nnx.Module, student: nnx.Module, dataset: Dataset, metric: losses.Metric | None
+) -> None:
     """Both networks' features must have one size, unless the logits are compared."""
     x = jnp.zeros((1, *dataset.train[0].shape[1:]))
-    sizes = [
-        nnx.eval_shape(lambda m: m(x), m).features.shape[1]
-        for m in (teacher, nnx.eval_shape(student))
-    ]
-    if metric.on == "features" and sizes[0] != sizes[1]:
+    sizes = [nnx.eval_shape(lambda m: m(x), m).features.shape[1] for m in (teacher, student)]
+    if metric is not None and metric.on == "features" and sizes[0] != sizes[1]:
         raise UsageError(
             f"the teacher has {sizes[0]} features and the student {sizes[1]}: choose networks "
             f"with equal sizes, or --metric={metric.name}@logits"

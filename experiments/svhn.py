@@ -1,0 +1,26 @@
+"""Distil a ResNet-34 into a ResNet-18 on SVHN (cropped), the paper's pair.
+
+    python -m experiments.svhn --metric=jw2
+
+73,257 images to train and 26,032 to test, downloaded by tensorflow-datasets if they are not on
+disk.
+"""
+
+from experiments._common.cli import Distillation, Networks, Settings, Training, main
+
+DEFAULTS = Settings(
+    distillation=Distillation(metric="cw2", coef=1e-4),
+    networks=Networks(teacher="resnet34", student="resnet18"),
+    training=Training(protocol="kd2m"),
+)
+
+
+def run(settings: Settings) -> None:
+    """Train, evaluate and report."""
+    from experiments._common.train import train_and_report  # loads JAX, which --help need not
+
+    train_and_report(settings, "svhn")
+
+
+if __name__ == "__main__":
+    main(DEFAULTS, run, module="experiments.svhn", description=__doc__)

@@ -1,0 +1,69 @@
+"""Where `fit` takes its batches from."""
+
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = tuple[Any, Any]
+
+
+class Batches:
+    """Arrays on the device in a fresh order an epoch, or somebody's iterable as it is."""
+
+    def __init__(self, data: Arrays | Iterable[Arrays], batch_size: int, seed: int, devices: int):
+        self._seed, self._devices, self._batch_size = seed, devices, batch_size
+        self._iterable = None
+        if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
+            x, labels = (jnp.asarray(a) for a in data)
+            if len(x) != len(labels):
+                raise ValueError(f"{len(x)} inputs, but {len(labels)} labels")
+            if batch_size > len(x):
+                raise ValueError(f"batch_size {batch_size} is larger than the data ({len(x)})")
+            self._arrays = x, labels
+            self.steps_per_epoch = len(x) // batch_size
+            self.sample = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+        else:
+            self._iterable = data
+            self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
+            first = next(iter(data))[0]
+            if iter(data) is data:
+                raise ValueError(
+                    "data is a generator, which can be read only once: pass something that can "
+                    "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
+                )
+            self.sample = jax.ShapeDtypeStruct(np.shape(first), np.asarray(first).dtype)
+
+    def epoch(self, epoch: int, steps: int):
+        """Pairs of row numbers ``[steps, devices, n / devices]`` and the arrays they index."""
+        if self._iterable is not None:
+            for x, labels in self._iterable:
+                yield self._split(jnp.arange(len(labels)), 1), (jnp.asarray(x), jnp.asarray(labels))
+            return
+        key = jax.random.fold_in(jax.random.key(self._seed), epoch)
+        order = jax.random.permutation(key, len(self._arrays[1]))
+        size = steps * self._batch_size
+        for start in range(0, len(order) - self._batch_size + 1, size):
+            yield self._split(order[start : start + size], steps), self._arrays
+
+    def _split(self, rows: jax.Array, steps: int) -> jax.Array:
+        if len(rows) // steps % self._devices:
+            raise ValueError(
+                f"a batch of {len(rows) // steps} does not split evenly over {self._devices} "
+                "devices"
+            )
+        return rows.reshape(steps, self._devices, -1)
+
+
+def steps_per_call(device, steps_per_epoch: int | None) -> int:
+    """How many steps one call of the program makes.
+
+    On an accelerator enough to hide its dispatch: a divisor of the epoch, so that one program
+    does. On the CPU one, for there a convolution's backward pass inside a loop runs 20 to 50
+    times slower (measured: 47 ms a step alone, 1,600 ms in ``lax.scan``).
+    """
+    if device.platform == "cpu" or steps_per_epoch is None:
+        return 1
+    return max(k for k in range(1, 21) if steps_per_epoch % k == 0)

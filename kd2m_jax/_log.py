@@ -1,0 +1,72 @@
+"""Training metrics on their way from the device to the callbacks."""
+
+import math
+
+import jax
+import numpy as np
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A training loss became NaN or infinite. The last good checkpoint is still there."""
+
+
+class Log:
+    """Means over the steps since the last record, checked for NaN, handed to the callbacks."""
+
+    def __init__(self, callbacks, has_teacher: bool, total: int | None):
+        self.history: list[dict] = []
+        self._callbacks, self._total = callbacks, total
+        names = {"loss": "loss", "task_loss": "task_loss", "accuracy": "train_accuracy"}
+        if has_teacher:
+            names |= {"distillation_loss": "distillation_loss", "coef": "coef"}
+        self._names = names
+        self._window: list[dict[str, float]] = []
+        self._pending = None
+        self._at = (0, 0)
+
+    @property
+    def waiting(self) -> int:
+        """Steps since the last record."""
+        in_flight = 0 if self._pending is None else len(self._pending["loss"])
+        return len(self._window) + in_flight
+
+    def add(self, step: int, epoch: int, metrics: dict[str, jax.Array]) -> None:
+        """Take a step's metrics. They are read one step later, while the next one runs."""
+        self._settle()
+        self._pending, self._at = metrics, (step, epoch)
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        columns = {name: np.asarray(self._pending[name], np.float64) for name in self._names}
+        self._pending = None
+        losses = columns["loss"]
+        for i in range(len(losses)):
+            values = {name: float(column[i]) for name, column in columns.items()}
+            if not math.isfinite(values["loss"]):
+                terms = ", ".join(f"{name} {value}" for name, value in values.items())
+                step = self._at[0] - len(losses) + 1 + i
+                raise NonFiniteLoss(f"the loss is not finite at step {step} ({terms})")
+            self._window.append(values)
+
+    def emit(self, scores: dict[str, float]) -> None:
+        """Close the window and hand a record over."""
+        self._settle()
+        if not self._window:
+            return
+        step, epoch = self._at
+        record = {"step": step, "epoch": epoch, "steps": self._total}
+        for name, alias in self._names.items():
+            record[alias] = sum(values[name] for values in self._window) / len(self._window)
+        record |= scores
+        self._window = []
+        self.history.append(record)
+        for callback in self._callbacks:
+            callback(record)
+
+    def replay(self, history: list[dict]) -> None:
+        """Hand the records of an earlier, interrupted run over again."""
+        self.history = list(history)
+        for record in history:
+            for callback in self._callbacks:
+                callback(record)

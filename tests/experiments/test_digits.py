@@ -1,0 +1,185 @@
+"""experiments.digits as its users run it: a process of its own, a folder, and mistakes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import digits
+from experiments._common import cli, report
+from experiments._common.folder import read_metrics
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
+
+
+def command(out, *flags):
+    return [sys.executable, "-m", "experiments.digits", f"--out={out}", *flags]
+
+
+def environment():
+    """One device, as on a laptop."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+
+def digits_run(out, *flags):
+    return subprocess.run(
+        command(out, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
+def in_process(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["experiments.digits", *flags])
+    cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description="")
+
+
+def test_the_readme_command_leaves_its_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    done = digits_run(tmp_path / "run", "--metric=jw2", "--max-steps=12")
+    assert done.returncode == 0, done.stderr
+    for word in ("teacher", "student alone", "distilled student", "resnet8", "mlp-32-64", "%"):
+        assert word in done.stdout
+    assert "images/s" in done.stderr  # the progress bar
+    run = tmp_path / "run"
+    config = json.loads((run / "config.json").read_text())
+    assert (config["metric"], config["seed"], config["max_steps"]) == ("jw2", 0, 12)
+    env = json.loads((run / "env.json").read_text())
+    assert {"jax", "flax", "ott-jax"} <= env["packages"].keys()
+    lines = read_metrics(run)
+    assert {line["phase"] for line in lines} == {"teacher", "student", "distilled"}
+    for phase in ("teacher", "student", "distilled"):
+        last = [line for line in lines if line["phase"] == phase][-1]
+        assert last["step"] == 12
+        assert 0 < last["test_accuracy"] <= 1
+        assert (last["test_accuracy"] * 450) % 1 == pytest.approx(0, abs=1e-6)  # of all examples
+        assert {"epoch", "loss", "task_loss"} <= last.keys()
+        assert ("distillation_loss" in last) == (phase == "distilled")
+    text = (run / "report.md").read_text()
+    assert "curves.png" in text and "jw2" in text and env["packages"]["jax"] in text
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert len(list((run / "tensorboard").glob("*/events*"))) == 3
+    assert (run / "notes.txt").read_text() == "mine"
+    assert len(list((tmp_path / "teachers").iterdir())) == 1
+
+    # Once more: the teacher is taken from the cache, the old files are kept aside.
+    again = digits_run(tmp_path / "run", "--metric=none", "--max-steps=12")
+    assert again.returncode == 0, again.stderr
+    assert read_metrics(run / "previous-1") == lines
+    assert len(list((tmp_path / "teachers").iterdir())) == 1
+    untouched = [line for line in lines if line["phase"] != "distilled"]
+    assert read_metrics(run) == untouched
+
+    # And resumed with settings that are not its own.
+    other = digits_run(tmp_path / "run", "--metric=w2", "--max-steps=12", "--resume")
+    assert other.returncode == 2
+    assert "other settings (metric none -> w2)" in other.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_path):
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print(f"kill moments drawn with seed {seed}")
+    whole = digits_run(tmp_path / "whole" / "run", "--metric=cw2", *SMALL)
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "cut" / "run"
+    kills = 0
+    for _ in range(30):
+        process = subprocess.Popen(
+            command(out, "--metric=cw2", "--resume", *SMALL),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        # Most of a run's time goes into importing and compiling: let it get somewhere at last.
+        deadline = time.monotonic() + rng.uniform(3, 8 + 3 * kills)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read().decode()
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills > 0
+    assert process.returncode == 0
+    expected = whole.stdout.split("Report:")[0].split("network", 1)[1]
+    assert report.text_table(out).split("network", 1)[1].strip() == expected.strip()
+    assert (out / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "run" / "metrics.jsonl"
+    ).read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metric=gausian-w2"], "unknown metric 'gausian-w2': did you mean gaussian-w2"),
+        (["--metric=w2@labels"], "on 'features' or on 'logits', not on 'labels'"),
+        (["--teacher=resnt8"], "--teacher: unknown network 'resnt8'; nearest: resnet8"),
+        (["--student=mlp-0"], "--student: widths must be positive"),
+        (["--student=mlp-8-16"], "the teacher has 64 features and the student 16"),
+        (["--protocol=kdm"], "unknown protocol 'kdm': did you mean kd2m"),
+        (["--coef=-1"], "--coef must be a number >= 0, got -1.0"),
+        (["--coef=nan"], "--coef must be a number >= 0, got nan"),
+        (["--task-coef=inf"], "--task-coef must be a number >= 0, got inf"),
+        (["--epochs=0"], "--epochs must be at least 1, got 0"),
+        (["--batch-size=0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size=2000"], "--batch-size 2000 is larger than the training set (1347 images)"),
+        (["--batch-size=127"], "--batch-size 127 does not split evenly over 4 devices"),
+        (["--max-steps=0"], "--max-steps must be at least 1"),
+        (["--pretrained-student=no.pth"], "--pretrained-student"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(flags, message, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *flags)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    error = captured.err.strip().splitlines()
+    assert error[-1].startswith("error: ") and message in error[-1]
+    assert "Traceback" not in captured.err
+    # Nothing was left behind and nothing was trained before the mistake was seen.
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--metirc=w2"], "--metirc"), (["--epochs=many"], "many"), (["--coef"], "--coef")],
+)
+def test_a_flag_that_cannot_be_read_is_status_2(flags, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, *flags)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert message in captured.out + captured.err
+    assert "Traceback" not in captured.out + captured.err
+
+
+def test_a_diverging_run_names_the_step(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        in_process(
+            monkeypatch,
+            f"--out={tmp_path / 'run'}",
+            "--metric=l2",
+            "--coef=1e30",
+            *SMALL,
+        )
+    assert stop.value.code == 1
+    assert "the loss is not finite at step" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={tmp_path / 'file'}", "--max-steps=1", *SMALL)
+    assert stop.value.code == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,226 @@
+"""fit(): what it trains, how it stops, and that a stopped run loses nothing."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from clouds import draw
+from flax import nnx
+
+from kd2m_jax import NonFiniteLoss, fit, from_nnx, models, training
+
+N, D = 96, 10
+
+
+def data(seed=0):
+    x, _, labels = draw("clustered", N, D, classes=3, seed=seed)
+    return x.astype(np.float32), labels.astype(np.int32)
+
+
+def mlp(seed, width=8):
+    return models.MLP((width, 6), 3, in_features=D, rngs=nnx.Rngs(seed))
+
+
+def run(**options):
+    options = {"epochs": 4, "batch_size": 16, "eval_data": data(1), "seed": 5} | options
+    return fit(mlp(1), data(), teacher=mlp(0, 32), metric="cw2", coef=0.01, **options)
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(tree)))
+
+
+class Killed(Exception):
+    """What a kill is to the loop: the end, wherever it stands."""
+
+
+def kill_at(step):
+    def callback(record):
+        if record["step"] == step:
+            raise Killed
+
+    return callback
+
+
+def test_history_and_results():
+    teacher = mlp(0, 32)
+    before = host(teacher)
+    seen = []
+    result = fit(
+        mlp(1),
+        data(),
+        teacher=teacher,
+        metric="cw2",
+        coef=0.01,
+        epochs=20,
+        batch_size=16,
+        eval_data=data(1),
+        log_every=4,
+        optimizer=optax.sgd(0.1),
+        callbacks=[seen.append],
+    )
+    assert seen == result.history
+    assert [(r["step"], r["epoch"]) for r in seen[:4]] == [(4, 1), (6, 1), (10, 2), (12, 2)]
+    assert all(r["steps"] == 120 for r in seen)
+    assert ["test_accuracy" in r for r in seen[:4]] == [False, True, False, True]
+    for r in seen:
+        total = r["task_loss"] + r["coef"] * r["distillation_loss"]
+        np.testing.assert_allclose(r["loss"], total, rtol=1e-5)
+    assert seen[-1]["task_loss"] < 0.5 * seen[0]["task_loss"]
+    # The accuracy is that of the student that comes back, over all examples.
+    x, labels = data(1)
+    accuracy = (np.asarray(result.student(x).logits).argmax(1) == labels).mean()
+    assert seen[-1]["test_accuracy"] == pytest.approx(accuracy)
+    best = max(r.get("test_accuracy", 0) for r in seen)
+    found = (np.asarray(result.best(x).logits).argmax(1) == labels).mean()
+    assert found == pytest.approx(best)
+    chex.assert_trees_all_equal(before, host(teacher))
+
+
+def test_linen_student_and_nnx_teacher_in_one_program():
+    class Student(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            x = nn.BatchNorm(use_running_average=not train)(nn.relu(nn.Dense(6)(x)))
+            return x, nn.Dense(3)(x)
+
+    result = fit(
+        Student(), data(), teacher=mlp(0), metric="gaussian-w2", coef=0.1, epochs=2, batch_size=32
+    )
+    assert set(result.student) == {"params", "batch_stats"}
+    # ... and the other way round, with the variables that came back.
+    again = fit(
+        mlp(1),
+        data(),
+        teacher=Student(),
+        teacher_variables=result.student,
+        metric="l2",
+        epochs=1,
+        batch_size=32,
+    )
+    assert np.isfinite(again.history[-1]["distillation_loss"])
+
+
+def test_an_iterable_of_batches_trains_like_the_arrays_it_holds():
+    class OneBatch(list):
+        """Anything that can be iterated once an epoch."""
+
+    x, labels = data()
+    options = {"epochs": 3, "optimizer": optax.sgd(0.1), "metric": "cw2", "teacher": mlp(0)}
+    listed = fit(mlp(1), OneBatch([(x, labels)]), **options)
+    arrays = fit(mlp(1), (x, labels), batch_size=N, **options)
+    assert listed.history[-1]["step"] == arrays.history[-1]["step"] == 3
+    # One batch of everything: the order of the rows within it does not matter.
+    np.testing.assert_allclose(listed.history[-1]["loss"], arrays.history[-1]["loss"], rtol=1e-4)
+    with pytest.raises(ValueError, match="a generator, which can be read only once"):
+        fit(mlp(1), (batch for batch in [(x, labels)]), epochs=1)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    whole = run(checkpoint_dir=tmp_path / "whole", log_every=3)
+    for step in (3, 15):  # before the first checkpoint, then two epochs later
+        with pytest.raises(Killed):
+            run(checkpoint_dir=tmp_path / "cut", log_every=3, callbacks=[kill_at(step)])
+    records = []
+    resumed = run(checkpoint_dir=tmp_path / "cut", log_every=3, callbacks=[records.append])
+    assert resumed.history == whole.history == records
+    chex.assert_trees_all_equal(host(resumed.student), host(whole.student))
+    chex.assert_trees_all_equal(host(resumed.best), host(whole.best))
+    # A finished run taken up again has nothing left to do.
+    assert run(checkpoint_dir=tmp_path / "cut", log_every=3).history == whole.history
+
+
+def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
+    whole = run()
+    with pytest.raises(Killed):
+        run(checkpoint_dir=tmp_path, callbacks=[kill_at(18)])
+    # What orbax leaves when the process dies inside save(): a folder with a temporary name.
+    torn = tmp_path / "last" / "18.orbax-checkpoint-tmp"
+    torn.mkdir()
+    (torn / "tree").write_bytes(b"half")
+    resumed = run(checkpoint_dir=tmp_path)
+    assert resumed.history == whole.history
+    chex.assert_trees_all_equal(host(resumed.student), host(whole.student))
+
+
+def test_resuming_with_another_network_says_so(tmp_path):
+    run(checkpoint_dir=tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="is of another network or optimizer"):
+        fit(mlp(1, width=9), data(), batch_size=16, epochs=2, checkpoint_dir=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    x, labels = data()
+    late = lambda step: jnp.where(step < 8, 0.01, jnp.inf)  # noqa: E731
+    options = {"teacher": mlp(0), "metric": "l2", "batch_size": 16, "epochs": 3}
+    with pytest.raises(NonFiniteLoss, match="not finite at step 9"):
+        fit(mlp(1), (x, labels), coef=late, checkpoint_dir=tmp_path, **options)
+    kept = fit(mlp(1), (x, labels), coef=0.01, checkpoint_dir=tmp_path, **options)
+    assert [r["step"] for r in kept.history] == [6, 12, 18]
+    assert all(np.isfinite(r["loss"]) for r in kept.history)
+
+
+def test_augmentation_and_the_result_do_not_depend_on_the_number_of_devices():
+    def jitter(x, keys):
+        return x if keys is None else x + jax.vmap(lambda k: jax.random.normal(k, (D,)))(keys)
+
+    one, four = (
+        run(preprocess=jitter, devices=jax.devices()[:n], optimizer=optax.sgd(0.05)) for n in (1, 4)
+    )
+    for a, b in zip(one.history, four.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["test_accuracy"] == b["test_accuracy"]
+    plain = run(devices=jax.devices()[:1], optimizer=optax.sgd(0.05))
+    assert plain.history[0]["loss"] != pytest.approx(one.history[0]["loss"], rel=1e-4)
+
+
+def test_several_steps_a_call_as_on_an_accelerator(monkeypatch):
+    one = run(optimizer=optax.sgd(0.05))
+    monkeypatch.setattr(training, "steps_per_call", lambda device, steps: 3)
+    three = run(optimizer=optax.sgd(0.05))
+    assert [r["step"] for r in three.history] == [r["step"] for r in one.history]
+    for a, b in zip(one.history, three.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_max_steps_evaluates_where_it_stops():
+    history = run(max_steps=8, log_every=4).history
+    assert [(r["step"], "test_accuracy" in r) for r in history] == [
+        (4, False),
+        (6, True),
+        (8, True),
+    ]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not():
+    assert run(epochs=1).history == run(epochs=1).history != run(epochs=1, seed=6).history
+
+
+def test_a_network_of_ones_own_comes_back_as_its_variables():
+    result = fit(from_nnx(mlp(1)), data(), epochs=1, batch_size=16)
+    params, _state = result.student
+    chex.assert_trees_all_equal(result.state.params, params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 500}, r"batch_size 500 is larger than the data \(96\)"),
+        ({"batch_size": 10}, "a batch of 10 does not split evenly over 4 devices"),
+        ({"teacher": mlp(0), "metric": None}, "a teacher and a metric .* come together"),
+        ({"teacher": None, "metric": "w2"}, "a teacher and a metric .* come together"),
+        ({"teacher": from_nnx(mlp(0)), "metric": "w2"}, "teacher_variables is needed"),
+        ({"data": (np.ones((4, D)), np.zeros(3, int))}, "4 inputs, but 3 labels"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    arguments = {"data": data(), "epochs": 1, "batch_size": 16} | options
+    with pytest.raises(ValueError, match=message):
+        fit(mlp(1), arguments.pop("data"), **arguments)
+    with pytest.raises(TypeError, match=r"a model is a flax\.nnx\.Module"):
+        fit(lambda x: x, data())
