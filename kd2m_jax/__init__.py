@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kd2m_jax import losses as losses
     from kd2m_jax import models as models
+    from kd2m_jax import theory as theory
     from kd2m_jax.networks import Network as Network
     from kd2m_jax.networks import from_linen as from_linen
     from kd2m_jax.networks import from_nnx as from_nnx
+    from kd2m_jax.networks import projected as projected
     from kd2m_jax.outputs import Outputs as Outputs
     from kd2m_jax.parallel import pmap_step as pmap_step
     from kd2m_jax.parallel import shard_map_step as shard_map_step
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("losses", "models")
+_MODULES = ("losses", "models", "theory")
 _HOMES = {
     "Network": "networks",
     "Outputs": "outputs",
@@ -40,6 +42,7 @@ _HOMES = {
     "make_eval_step": "step",
     "make_train_step": "step",
     "pmap_step": "parallel",
+    "projected": "networks",
     "shard_map_step": "parallel",
 }
 __all__ = sorted([*_MODULES, *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]

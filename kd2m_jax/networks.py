@@ -15,8 +15,15 @@ from kd2m_jax.outputs import Outputs
 DEVICES = "devices"
 
 
+Model = Any  # nnx.Module | nn.Module | Network; see as_network
+
+
+def _pair(params, state):
+    return params, state
+
+
 class Network(NamedTuple):
-    """A network as two pure functions.
+    """A network as pure functions.
 
     Attributes:
       init: ``(key, x) -> (params, state)``: what the optimizer updates, and what the network
@@ -24,10 +31,13 @@ class Network(NamedTuple):
         dtype count.
       apply: ``(params, state, x, *, train, rng) -> (Outputs, new_state)``. ``rng`` feeds
         dropout and may be None where ``train`` is False.
+      export: ``(params, state) -> model``, the trained model as its users know it: an NNX module,
+        a Linen module's variables, or by default the pair itself.
     """
 
     init: Callable[..., tuple[Any, Any]]
     apply: Callable[..., tuple[Outputs, Any]]
+    export: Callable[..., Any] = _pair
 
 
 def from_nnx(module: nnx.Module) -> Network:
@@ -85,7 +95,10 @@ def from_nnx(module: nnx.Module) -> Network:
         out = _outputs(m(x), module)
         return out, nnx.split(m, nnx.Param, nnx.RngState, ...)[3]
 
-    return Network(init, apply)
+    def export(params, state):
+        return nnx.merge(graph, params, rngs, state, copy=True)
+
+    return Network(init, apply, export)
 
 
 def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
@@ -149,7 +162,104 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
             )
         return _outputs(out, module), dict(new_state)
 
-    return Network(init, apply)
+    return Network(init, apply, lambda params, state: {"params": params, **state})
+
+
+def as_network(model: Model) -> Network:
+    """A `Network` as it is; a Flax module wrapped; TypeError for anything else."""
+    if isinstance(model, Network):
+        return model
+    if isinstance(model, nnx.Module):
+        return from_nnx(model)
+    if isinstance(model, nn.Module):
+        return from_linen(model)
+    raise TypeError(
+        "a model is a flax.nnx.Module, a flax.linen.Module or a kd2m_jax.Network, got "
+        f"{type(model).__name__}"
+    )
+
+
+class _Projector(nnx.Module):
+    """The student's features into another size, and its last map into other channels."""
+
+    def __init__(self, like: Outputs, dim: int | None, channels: int | None, rngs: nnx.Rngs):
+        layers: list[Any] = [None, None, None]
+        if dim:
+            layers[0] = nnx.Linear(like.features.shape[-1], dim, rngs=rngs)
+        if channels:
+            width = like.maps[-1].shape[-1]
+            layers[1] = nnx.Conv(width, channels, (1, 1), use_bias=False, rngs=rngs)
+            layers[2] = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+        self.linear, self.conv, self.norm = layers
+
+    def __call__(self, out: Outputs) -> Outputs:
+        if self.linear is not None:
+            out = out._replace(features=self.linear(out.features))
+        if self.conv is not None and self.norm is not None:
+            last = nnx.relu(self.norm(self.conv(out.maps[-1])))
+            out = out._replace(maps=(*out.maps[:-1], last))
+        return out
+
+
+def projected(student: Model, dim: int | None = None, *, channels: int | None = None) -> Network:
+    """The student with a projector into the teacher's feature size, trained along with it.
+
+    The projector sees to it that features (or maps) of unequal sizes can be matched. It is part
+    of the parameters and the state, so of the optimizer, of gradient clipping and of
+    checkpoints; the student's logits do not pass through it, and ``export`` leaves it out.
+
+    Args:
+      student: a Flax NNX or Linen module, or a `Network`.
+      dim: the teacher's feature size d: a linear layer maps ``[n, d_s]`` features to ``[n, d]``.
+        None leaves the features as they are.
+      channels: the teacher's channels c: a 1x1 convolution, BatchNorm and ReLU map the last of
+        the student's maps to ``[n, h, w, c]``, as WKD-F has it. None leaves the maps.
+
+    Returns:
+      A `Network` with parameters ``(student's, projector's)`` and state likewise.
+
+    Raises:
+      ValueError: neither size given, one below 1, or channels for a student without maps.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from kd2m_jax import models
+      >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
+      >>> network, x = projected(net, 32), jnp.ones((2, 4))
+      >>> params, state = network.init(jax.random.key(0), x)
+      >>> network.apply(params, state, x, train=False, rng=None)[0].features.shape
+      (2, 32)
+      >>> network.export(params, state)(x).features.shape
+      (2, 8)
+
+    References:
+      FitNets (Romero et al., ICLR 2015); for maps, Lv et al., NeurIPS 2024 (WKD-F).
+    """
+    if (not dim and not channels) or min(dim or 1, channels or 1) < 1:
+        raise ValueError(f"projected needs a size of at least 1, got {dim=} and {channels=}")
+    inner = as_network(student)
+
+    def projector(like: Outputs, key=None) -> nnx.Module:
+        if channels and not like.maps:
+            raise ValueError("channels projects the last of the student's maps, and it has none")
+        if key is None:  # the structure alone
+            return nnx.eval_shape(lambda: _Projector(like, dim, channels, nnx.Rngs(0)))
+        return _Projector(like, dim, channels, nnx.Rngs(key))
+
+    def init(key, x):
+        inner_key, own_key = jax.random.split(key)
+        params, state = inner.init(inner_key, x)
+        like = jax.eval_shape(lambda x: inner.apply(params, state, x, train=False, rng=None)[0], x)
+        own_params, own_state = from_nnx(projector(like, own_key)).init(None, None)
+        return (params, own_params), (state, own_state)
+
+    def apply(params, state, x, *, train, rng=None):
+        out, new_state = inner.apply(params[0], state[0], x, train=train, rng=rng)
+        own = from_nnx(projector(out))
+        out, own_state = own.apply(params[1], state[1], out, train=train)
+        return out, (new_state, own_state)
+
+    return Network(init, apply, lambda params, state: inner.export(params[0], state[0]))
 
 
 def _synchronise(call, args, kwargs, context):

@@ -1,10 +1,10 @@
 """Distillation with your own model, teacher and data: fit()."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,10 +14,9 @@ from kd2m_jax._batches import Arrays, Batches, steps_per_call
 from kd2m_jax._log import Log
 from kd2m_jax._log import NonFiniteLoss as NonFiniteLoss
 from kd2m_jax.losses import Metric
-from kd2m_jax.networks import DEVICES, Network, from_linen, from_nnx
+from kd2m_jax.networks import DEVICES, Model, Network, as_network, from_nnx
 from kd2m_jax.step import Coef, TrainState, init_state, make_eval_step, step_body
 
-Model = nnx.Module | nn.Module | Network
 # (x, keys) -> x: what happens to inputs inside the program; keys is None in evaluation.
 Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
 
@@ -27,7 +26,8 @@ class FitResult(NamedTuple):
 
     Attributes:
       student: the trained student: an NNX module for an NNX module, the dict of variables for a
-        Linen one, the pair ``(params, state)`` for a `Network`. The last epoch's.
+        Linen one, without the projector of `projected`; the pair ``(params, state)`` for a
+        `Network` of your own. The last epoch's.
       best: the same, of the epoch with the best test accuracy (the last without ``eval_data``).
       history: the records that the callbacks got, oldest first.
       state: the final `TrainState`.
@@ -149,55 +149,41 @@ def fit(
     log = Log(callbacks, metric is not None and metric != "none", total)
 
     checkpoints, best_variables, epoch = None, state.variables, 0
-    if checkpoint_dir is not None:
-        from kd2m_jax._checkpoints import Checkpoints  # orbax takes a second to import
+    with contextlib.ExitStack() as stack:
+        if checkpoint_dir is not None:
+            from kd2m_jax._checkpoints import Checkpoints  # orbax takes a second to import
 
-        checkpoints = Checkpoints(checkpoint_dir)
-        if found := checkpoints.restore(state):
-            state, saved = found
-            epoch = saved["epoch"]
-            log.replay(saved["history"])
-            if found := checkpoints.restore(state, best=True):
-                best_variables = found[0].variables
-    done = int(state.step)
-    best = max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0)
-    while epoch < epochs and (max_steps is None or done < max_steps):
-        for rows, arrays in batches.epoch(epoch, per_call):
-            if max_steps is not None and done >= max_steps:
-                break
-            if log.waiting >= log_every:  # an epoch's last steps wait for its evaluation
-                log.emit({})
-            state, metrics = step(state, teacher_variables, rows, arrays)
-            done += per_call
-            log.add(done, epoch + 1, metrics)
-        epoch += 1
-        scores = evaluate(state.variables)
-        log.emit(scores)
-        is_best = not scores or scores["test_accuracy"] > best
-        if is_best:
-            best = scores.get("test_accuracy", best)
-            best_variables = jax.tree.map(jnp.array, state.variables)  # the next step donates
-        if checkpoints:
-            checkpoints.save(done, state, {"epoch": epoch, "history": log.history}, best=is_best)
-    if checkpoints:
-        checkpoints.close()
-    return FitResult(
-        trained(student, state.variables), trained(student, best_variables), log.history, state
-    )
-
-
-def as_network(model: Model) -> Network:
-    """A `Network` as it is; a Flax module wrapped."""
-    if isinstance(model, Network):
-        return model
-    if isinstance(model, nnx.Module):
-        return from_nnx(model)
-    if isinstance(model, nn.Module):
-        return from_linen(model)
-    raise TypeError(
-        f"a model is a flax.nnx.Module, a flax.linen.Module or a kd2m_jax.Network, got "
-        f"{type(model).__name__}"
-    )
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(checkpoint_dir)))
+            if found := checkpoints.restore(state):
+                state, saved = found
+                epoch = saved["epoch"]
+                log.replay(saved["history"])
+                if found := checkpoints.restore(state, best=True):
+                    best_variables = found[0].variables
+        done = int(state.step)
+        best = max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0)
+        while epoch < epochs and (max_steps is None or done < max_steps):
+            for rows, arrays in batches.epoch(epoch, per_call):
+                if max_steps is not None and done >= max_steps:
+                    break
+                if log.waiting >= log_every:  # an epoch's last steps wait for its evaluation
+                    log.emit({})
+                state, metrics = step(state, teacher_variables, rows, arrays)
+                done += per_call
+                log.add(done, epoch + 1, metrics)
+            epoch += 1
+            scores = evaluate(state.variables)
+            log.emit(scores)
+            is_best = not scores or scores["test_accuracy"] > best
+            if is_best:
+                best = scores.get("test_accuracy", best)
+                best_variables = jax.tree.map(jnp.array, state.variables)  # the next step donates
+            if checkpoints:
+                checkpoints.save(
+                    done, state, {"epoch": epoch, "history": log.history}, best=is_best
+                )
+    last, best_one = (network.export(*v) for v in (state.variables, best_variables))
+    return FitResult(last, best_one, log.history, state)
 
 
 def variables_of(model: Model, variables: Any) -> Any:
@@ -211,17 +197,6 @@ def variables_of(model: Model, variables: Any) -> Any:
     raise ValueError(
         "teacher_variables is needed: only an NNX module brings its own trained variables"
     )
-
-
-def trained(model: Model, variables: tuple[Any, Any]) -> Any:
-    """The model as its users know it, with these variables."""
-    params, state = variables
-    if isinstance(model, nnx.Module):
-        graph, _, rngs, _ = nnx.split(model, nnx.Param, nnx.RngState, ...)
-        return nnx.merge(graph, params, rngs, state, copy=True)
-    if isinstance(model, nn.Module):
-        return {"params": params, **state}
-    return variables
 
 
 def _mapped(body, preprocess: Preprocess, devices):

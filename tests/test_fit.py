@@ -10,7 +10,7 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import NonFiniteLoss, fit, from_nnx, models, training
+from kd2m_jax import Network, NonFiniteLoss, fit, from_nnx, models, projected, training
 
 N, D = 96, 10
 
@@ -200,9 +200,46 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not():
 
 
 def test_a_network_of_ones_own_comes_back_as_its_variables():
-    result = fit(from_nnx(mlp(1)), data(), epochs=1, batch_size=16)
+    wrapped = from_nnx(mlp(1))
+    result = fit(Network(wrapped.init, wrapped.apply), data(), epochs=1, batch_size=16)
     params, _state = result.student
     chex.assert_trees_all_equal(result.state.params, params)
+
+
+def test_a_projector_is_trained_with_the_student_and_left_out_of_what_comes_back(tmp_path):
+    wide = models.MLP((16, 12), 3, in_features=D, rngs=nnx.Rngs(0))
+    options = {"teacher": wide, "batch_size": 16, "epochs": 3, "optimizer": optax.sgd(0.05)}
+    with pytest.raises(ValueError, match=r"kd2m_jax\.projected, or use losses\.gw2"):
+        fit(mlp(1), data(), metric="cw2", **options)
+    options |= {"metric": "cw2", "coef": 0.1}
+    result = fit(projected(mlp(1), 12), data(), checkpoint_dir=tmp_path, **options)
+    assert result.history[-1]["distillation_loss"] < result.history[0]["distillation_loss"]
+    _, projector = result.state.params
+    before = projected(mlp(1), 12).init(jax.random.split(jax.random.key(0))[0], data()[0])[0][1]
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, projector)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    assert isinstance(result.student, models.MLP)
+    assert result.student(data()[0]).features.shape == (N, 6)
+    # It is in the checkpoint: taken up again, nothing is left to do and nothing differs.
+    again = fit(projected(mlp(1), 12), data(), checkpoint_dir=tmp_path, **options)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, again.state.params[1]),
+                                jax.tree.map(np.asarray, projector))  # fmt: skip
+
+
+def test_a_projector_of_maps_matches_the_teachers_channels():
+    net = models.resnet8(3, in_channels=1, rngs=nnx.Rngs(0))
+    x = jnp.ones((4, 8, 8, 1))
+    network = projected(net, channels=5)
+    params, state = network.init(jax.random.key(0), x)
+    out, moved = network.apply(params, state, x, train=True, rng=jax.random.key(1))
+    assert out.maps[-1].shape == (4, 2, 2, 5) and out.features.shape == (4, 64)
+    assert out.maps[-1].min() >= 0  # the ReLU
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), state[1], moved[1])
+    assert all(jax.tree.leaves(changed))  # the BatchNorm's statistics are state
+    with pytest.raises(ValueError, match="it has none"):
+        projected(mlp(0), channels=5).init(jax.random.key(0), data()[0])
+    with pytest.raises(ValueError, match="a size of at least 1"):
+        projected(net)
 
 
 @pytest.mark.parametrize(

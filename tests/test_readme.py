@@ -1,0 +1,76 @@
+"""The README does what it says: its code runs, its commands run, its table is the catalogue."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd2m_jax import losses
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+DATA = Path(os.environ.get("KD2M_DATA_DIR", ROOT.parent / "shared" / "data" / "tfds"))
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def table_row(name, info):
+    formula = info.formula.replace("|", "\\|")
+    return f"| `{name}` | `{formula}` | {', '.join(info.needs) or 'features'} | {info.source} |"
+
+
+def test_the_python_blocks_run_one_after_the_other():
+    namespace = {}
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["variables"].keys() == {"params", "batch_stats"}
+
+
+def test_the_two_commands_stand_on_lines_of_their_own():
+    lines = TEXT.splitlines()
+    assert "pip install uv && uv run python -m experiments.digits --metric=jw2" in lines
+    assert "pip install uv && uv run pytest" in lines
+
+
+def test_the_metrics_table_is_the_catalogue():
+    expected = [table_row(name, info) for name, info in losses.METRICS.items()]
+    rows = [line for line in TEXT.splitlines() if line.startswith("| `") and "` | `" in line]
+    assert rows == expected, "write these rows:\n" + "\n".join(expected)
+
+
+def experiment_commands():
+    """What follows ``python`` in every experiment command of the README."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    found = [line.partition("python -m experiments.")[2] for line in lines]
+    return sorted({"experiments." + rest for rest in found if rest})
+
+
+def test_every_training_main_is_shown():
+    shown = {command.split()[0] for command in experiment_commands()}
+    assert {"experiments.digits", "experiments.mnist", "experiments.cifar"} <= shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", experiment_commands())
+def test_the_experiment_commands_run(command, tmp_path):
+    module, *flags = shlex.split(command)
+    if module != "experiments.digits" and not DATA.exists():
+        pytest.skip(f"no data sets at {DATA}")
+    extra = [f"--out={tmp_path / 'run'}"]
+    if module in ("experiments.digits", "experiments.mnist", "experiments.cifar"):
+        extra += [f"--data-dir={DATA}", "--max-steps=1", "--batch-size=8"]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags, *extra],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "teacher" in done.stdout
