@@ -13,8 +13,16 @@ Arrays = tuple[Any, Any]
 class Batches:
     """Arrays on the device in a fresh order an epoch, or somebody's iterable as it is."""
 
-    def __init__(self, data: Arrays | Iterable[Arrays], batch_size: int, seed: int, devices: int):
+    def __init__(
+        self,
+        data: Arrays | Iterable[Arrays],
+        batch_size: int,
+        seed: int,
+        devices: int,
+        per_class: int | None = None,
+    ):
         self._seed, self._devices, self._batch_size = seed, devices, batch_size
+        self._per_class = per_class
         self._iterable = None
         if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
             x, labels = (jnp.asarray(a) for a in data)
@@ -23,7 +31,11 @@ class Batches:
             if batch_size > len(x):
                 raise ValueError(f"batch_size {batch_size} is larger than the data ({len(x)})")
             self._arrays = x, labels
-            self.steps_per_epoch = len(x) // batch_size
+            self.steps_per_epoch = len(self._order(0)) // batch_size
+            if self.steps_per_epoch == 0:
+                raise ValueError(
+                    f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
+                )
             self.sample = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
         else:
             self._iterable = data
@@ -42,11 +54,26 @@ class Batches:
             for x, labels in self._iterable:
                 yield self._split(jnp.arange(len(labels)), 1), (jnp.asarray(x), jnp.asarray(labels))
             return
-        key = jax.random.fold_in(jax.random.key(self._seed), epoch)
-        order = jax.random.permutation(key, len(self._arrays[1]))
+        order = self._order(epoch)
         size = steps * self._batch_size
         for start in range(0, len(order) - self._batch_size + 1, size):
             yield self._split(order[start : start + size], steps), self._arrays
+
+    def _order(self, epoch: int) -> jax.Array:
+        """The epoch's row numbers: shuffled, or in runs of ``per_class`` of one class."""
+        labels = self._arrays[1]
+        if self._per_class is None:
+            key = jax.random.fold_in(jax.random.key(self._seed), epoch)
+            return jax.random.permutation(key, len(labels))
+        # Cut each class, shuffled, into runs of that length and shuffle the runs.
+        rng = np.random.default_rng((self._seed, epoch))
+        shuffled = rng.permutation(len(labels))
+        by_class = [shuffled[np.asarray(labels)[shuffled] == c] for c in np.unique(labels)]
+        runs = [
+            rows[: len(rows) // self._per_class * self._per_class].reshape(-1, self._per_class)
+            for rows in by_class
+        ]
+        return jnp.asarray(rng.permutation(np.concatenate(runs)).reshape(-1))
 
     def _split(self, rows: jax.Array, steps: int) -> jax.Array:
         if len(rows) // steps % self._devices:

@@ -51,6 +51,7 @@ def fit(
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = 10,
     batch_size: int = 128,
+    per_class: int | None = None,
     eval_data: Arrays | None = None,
     preprocess: Preprocess | None = None,
     callbacks: Sequence[Callable[[dict], None]] = (),
@@ -79,6 +80,9 @@ def fit(
       optimizer: an optax optimizer; Adam with a cosine from 1e-3 to 0 by default.
       epochs: passes over the data.
       batch_size: global, over all devices; of arrays. An epoch drops the incomplete last batch.
+      per_class: build batches of arrays from runs of so many examples of one class, so that a
+        conditional metric has more than one to look at; it must divide the batch size. None
+        shuffles freely. Examples that do not fill a run sit an epoch out.
       eval_data: ``(x, labels)`` arrays to evaluate on after each epoch.
       preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key an
         example in training (augmentation), None in evaluation.
@@ -118,6 +122,8 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("log_every", log_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if per_class is not None and (per_class < 1 or batch_size % per_class):
+        raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
     if (teacher is None) != (metric is None or metric == "none"):
         raise ValueError("a teacher and a metric to compare with it come together: got only one")
     devices = list(devices or jax.local_devices())
@@ -125,7 +131,7 @@ def fit(
     network = as_network(student)
     if teacher is not None:
         teacher_variables = variables_of(teacher, teacher_variables)
-    batches = Batches(data, batch_size, seed, len(devices))
+    batches = Batches(data, batch_size, seed, len(devices), per_class)
     total = _total_steps(batches, epochs, max_steps)
     if optimizer is None:
         schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3

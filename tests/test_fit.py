@@ -11,6 +11,7 @@ from clouds import draw
 from flax import nnx
 
 from kd2m_jax import Network, NonFiniteLoss, fit, from_nnx, models, projected, training
+from kd2m_jax._batches import Batches
 
 N, D = 96, 10
 
@@ -199,6 +200,20 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not():
     assert run(epochs=1).history == run(epochs=1).history != run(epochs=1, seed=6).history
 
 
+def test_balanced_batches_hold_runs_of_a_class():
+    labels = np.random.default_rng(0).integers(0, 20, 400)
+    batches = Batches((np.arange(400)[:, None], labels), 32, seed=0, devices=1, per_class=4)
+    orders = [[np.ravel(rows) for rows, _ in batches.epoch(epoch, 1)] for epoch in (0, 0, 1)]
+    np.testing.assert_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0][0], orders[2][0])
+    for batch in orders[0]:
+        counts = np.bincount(labels[batch], minlength=20)
+        assert len(batch) == 32 and (counts % 4 == 0).all()
+    seen = np.concatenate(orders[0])
+    assert len(np.unique(seen)) == len(seen) > 300
+    assert run(per_class=4, epochs=1).history[-1]["step"] <= 6
+
+
 def test_a_network_of_ones_own_comes_back_as_its_variables():
     wrapped = from_nnx(mlp(1))
     result = fit(Network(wrapped.init, wrapped.apply), data(), epochs=1, batch_size=16)
@@ -248,6 +263,7 @@ def test_a_projector_of_maps_matches_the_teachers_channels():
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 500}, r"batch_size 500 is larger than the data \(96\)"),
+        ({"per_class": 5}, "per_class must divide batch_size 16, got 5"),
         ({"batch_size": 10}, "a batch of 10 does not split evenly over 4 devices"),
         ({"teacher": mlp(0), "metric": None}, "a teacher and a metric .* come together"),
         ({"teacher": None, "metric": "w2"}, "a teacher and a metric .* come together"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd2m_jax import losses
+from kd2m_jax import Outputs, losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def case(metric: str, n: int, d: int, classes: int, seed: int = 0) -> Case:
 
     @jax.jit
     def both(z_s):
-        return jax.value_and_grad(lambda z: distance((z, None), (z_t, None), labels))(z_s)
+        return jax.value_and_grad(lambda z: distance(Outputs(z), Outputs(z_t), labels))(z_s)
 
     jax.block_until_ready(both(z_s))
     return Case(metric, classes, lambda: jax.block_until_ready(both(z_s)))

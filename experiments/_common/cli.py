@@ -59,6 +59,8 @@ class Training:
     """Passes over the training set, in every phase."""
     batch_size: Annotated[int | None, _optional("INT", "digits and kd2m 128, crd 64")] = None
     """Examples a step, over all devices together."""
+    per_class: Annotated[int | None, _optional("INT", "batches are drawn freely")] = None
+    """Examples of one class that come together, for conditional metrics on many classes."""
     precision: Literal["f32", "bf16"] = "f32"
     """What the networks compute in; parameters, losses and statistics stay float32."""
     seed: int = 0
@@ -138,6 +140,7 @@ def check(settings: Settings) -> None:
     for flag, value in (
         ("--epochs", t.epochs),
         ("--batch-size", t.batch_size),
+        ("--per-class", t.per_class),
         ("--max-steps", r.max_steps),
     ):
         if value is not None and value < 1:

@@ -77,6 +77,7 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
         "protocol": t.protocol,
         "epochs": t.epochs or protocol.epochs,
         "batch_size": t.batch_size or protocol.batch_size,
+        "per_class": t.per_class,
         "precision": t.precision,
         "seed": t.seed,
         "max_steps": settings.run.max_steps,
@@ -93,6 +94,7 @@ def run_phase(
     **distillation,
 ) -> FitResult:
     """Train one network, with a progress bar, into the run folder."""
+    # per_class leaves a few examples out, so this may be a step or two more than there are.
     steps_per_epoch = len(dataset.train[0]) // config["batch_size"]
     optimizer = PROTOCOLS[config["protocol"]].optimizer(config["epochs"], steps_per_epoch)
     with tqdm(desc=report.TITLES[name], unit=" images", unit_scale=True) as bar:
@@ -104,6 +106,7 @@ def run_phase(
             optimizer=optimizer,
             epochs=config["epochs"],
             batch_size=config["batch_size"],
+            per_class=config["per_class"],
             seed=config["seed"],
             max_steps=config["max_steps"],
             log_every=LOG_EVERY,
@@ -169,6 +172,8 @@ def _check_batch(config: dict, dataset: Dataset) -> None:
         raise UsageError(
             f"--batch-size {size} is larger than the training set ({len(dataset.train[0])} images)"
         )
+    if config["per_class"] and size % config["per_class"]:
+        raise UsageError(f"--per-class {config['per_class']} does not divide --batch-size {size}")
     if size % devices:
         raise UsageError(f"--batch-size {size} does not split evenly over {devices} devices")
 
