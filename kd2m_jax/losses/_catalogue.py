@@ -2,18 +2,23 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import class_labels, did_you_mean, floating
+from kd2m_jax.losses._checks import did_you_mean
 from kd2m_jax.losses._gaussian import gaussian_ckl, gaussian_cw2, gaussian_kl, gaussian_w2
+from kd2m_jax.losses._gromov import gw2
+from kd2m_jax.losses._logits import kd, wkd_l
+from kd2m_jax.losses._maps import wkd_f
+from kd2m_jax.losses._mmd import KERNELS, cmmd, mmd, nst
 from kd2m_jax.losses._pointwise import l2
+from kd2m_jax.losses._sliced import sw2
 from kd2m_jax.losses._transport import cw2, jw2, w2
 from kd2m_jax.outputs import Outputs
 
@@ -47,17 +52,57 @@ class MetricInfo(NamedTuple):
 
 
 KD2M = "KD2M, Fernandes Montesuma, GSI 2025"
+WKD = "WKD, Lv et al., NeurIPS 2024"
+GRETTON = "Gretton et al., JMLR 2012"
 
 METRICS: dict[str, MetricInfo] = {
     "w2": MetricInfo(w2, "min_P sum_ij P_ij |z_i^S - z_j^T|^2", KD2M),
     "cw2": MetricInfo(cw2, "1/K sum_y W2^2(P_S(Z|y), P_T(Z|y))", KD2M),
     "jw2": MetricInfo(jw2, "min_P sum_ij P_ij (|z_i^S - z_j^T|^2 + beta L(h_i^S, h_j^T))", KD2M),
+    "lohit": MetricInfo(
+        w2,
+        "w2 by the inexact proximal point method",
+        "Lohit & Jones, WACV 2022 (the solver; their cost and weight are not public)",
+        {"solver": "ipot"},
+    ),
+    "gw2": MetricInfo(
+        gw2,
+        "min_P sum_ijkl P_ij P_kl (|z_i^S - z_k^S| - |z_j^T - z_l^T|)^2",
+        "Memoli, Found. Comput. Math. 2011",
+    ),
+    "sw2": MetricInfo(
+        sw2, "mean over directions of w2 in one dimension", "Rabin et al., SSVM 2011"
+    ),
     "gaussian-w2": MetricInfo(
         gaussian_w2, "|mu_S - mu_T|^2 + Tr(S_S + S_T - 2 (S_S^1/2 S_T S_S^1/2)^1/2)", KD2M
     ),
     "gaussian-cw2": MetricInfo(gaussian_cw2, "1/K sum_y gaussian_w2 within class y", KD2M),
     "gaussian-kl": MetricInfo(gaussian_kl, "KL(N(mu_S, S_S + s I) || N(mu_T, S_T + s I))", KD2M),
     "gaussian-ckl": MetricInfo(gaussian_ckl, "1/K sum_y gaussian_kl within class y", KD2M),
+    **{
+        f"mmd-{kernel}": MetricInfo(
+            mmd, f"mean k(s, s') + k(t, t') - 2 k(s, t), k {kernel}", GRETTON, {"kernel": kernel}
+        )
+        for kernel in KERNELS
+    },
+    **{
+        f"cmmd-{kernel}": MetricInfo(
+            cmmd, f"1/K sum_y mmd-{kernel} within class y", GRETTON, {"kernel": kernel}
+        )
+        for kernel in KERNELS
+    },
+    "kd": MetricInfo(
+        kd, "T^2 KL(softmax(h_T / T) || softmax(h_S / T))", "Hinton et al., arXiv 1503.02531"
+    ),
+    "nst": MetricInfo(
+        nst, "mean over images of mmd between channels", "Huang & Wang, arXiv 1707.01219"
+    ),
+    "wkd-l": MetricInfo(
+        wkd_l, "<P, C> over the other classes, plus c L_t = -c p_T(y) log p_S(y)", WKD
+    ),
+    "wkd-f": MetricInfo(
+        wkd_f, "(gamma |mu_S - mu_T|^2 + |sigma_S - sigma_T|^2) by image and cell", WKD
+    ),
     "l2": MetricInfo(l2, "1/n sum_i |z_i^S - z_i^T|^2", "FitNets, Romero et al., ICLR 2015"),
 }
 
@@ -78,6 +123,11 @@ class Metric:
     name: str
     on: str = "features"
     options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Its name as the command line has it: "w2", "w2@logits"."""
+        return self.name if self.on == "features" else f"{self.name}@{self.on}"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -110,21 +160,122 @@ class Metric:
         missing = [p for p, value in given.items() if value is None]
         if missing:
             raise ValueError(f"metric {self.name!r} needs {' and '.join(missing)}, and got none")
-        return function(**given, **dict(self.options))
+        options = {k: v.array if isinstance(v, _Array) else v for k, v in self.options}
+        return function(**given, **options)
 
 
-def get_metric(name: str, *, on: str = "features", **options) -> Metric:
+@dataclasses.dataclass(frozen=True)
+class MetricSum:
+    """A weighted sum of metrics, itself a metric: ``sum_i weight_i D_i``.
+
+    Made by `metric_sum`, or by `get_metric` from "kd+cw2".
+
+    Attributes:
+      metrics: the terms.
+      weights: one a term, >= 0.
+    """
+
+    metrics: tuple[Metric, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        """The terms' labels with plus signs between them."""
+        return "+".join(m.label for m in self.metrics)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the terms together take beyond features."""
+        return tuple(dict.fromkeys(need for m in self.metrics for need in m.needs))
+
+    def parts(
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        labels: ArrayLike | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """Each term's own value, unweighted, by its label (numbered where one recurs)."""
+        values: dict[str, jax.Array] = {}
+        for i, metric in enumerate(self.metrics):
+            name = metric.label if metric.label not in values else f"{metric.label}-{i + 1}"
+            own_key = None if key is None else jax.random.fold_in(key, i)
+            values[name] = metric(student, teacher, labels, key=own_key)
+        return values
+
+    def __call__(
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        labels: ArrayLike | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The weighted sum: a scalar."""
+        return self.weigh(self.parts(student, teacher, labels, key=key))
+
+    def weigh(self, parts: dict[str, jax.Array]) -> jax.Array:
+        """The sum of what `parts` returned."""
+        terms = [w * part for w, part in zip(self.weights, parts.values(), strict=True)]
+        return jnp.sum(jnp.stack(terms))
+
+
+def metric_sum(metrics: Sequence[Metric], weights: Sequence[float] | None = None) -> MetricSum:
+    """Several metrics at once, on several layers if you like, each with its weight.
+
+    Args:
+      metrics: what `get_metric` returned, with whatever options.
+      weights: one a metric, >= 0; all 1 by default. They multiply ``coef``.
+
+    Returns:
+      A `MetricSum`, which goes wherever a `Metric` does; training reports each term apart.
+
+    Raises:
+      ValueError: no metrics, a number of weights that is not theirs, or a negative weight.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> both = metric_sum([get_metric("l2"), get_metric("l2", on="logits")], [1.0, 10.0])
+      >>> one, other = Outputs(jnp.zeros((4, 2)), jnp.zeros((4, 3))), Outputs(jnp.ones((4, 2)))
+      >>> print(both(one, other._replace(logits=jnp.ones((4, 3)))))  # 2 + 10 * 3
+      32.0
+    """
+    weights = tuple(map(float, weights if weights is not None else [1.0] * len(metrics)))
+    if not metrics or len(weights) != len(metrics):
+        raise ValueError(
+            f"a weight for each metric is needed, got {len(metrics)} metrics and {len(weights)} "
+            "weights"
+        )
+    for weight in weights:
+        if not weight >= 0:
+            raise ValueError(f"weights must be >= 0, got {weight}")
+    return MetricSum(tuple(metrics), weights)
+
+
+class _Array:
+    """An array among a metric's options: hashable, for it is equal to itself alone."""
+
+    def __init__(self, array: ArrayLike):
+        self.array = array
+
+    def __repr__(self) -> str:
+        return f"array of shape {list(np.shape(self.array))}"
+
+
+def get_metric(name: str, *, on: str = "features", **options) -> Any:
     """Look a metric up in METRICS and set its options.
 
     Args:
       name: a key of METRICS; dashes and underscores are the same. ``"w2@logits"`` is
-        ``get_metric("w2", on="logits")``.
+        ``get_metric("w2", on="logits")``, and ``"kd+cw2"`` the `metric_sum` of both.
       on: "features", or "logits" to put the logits in the place of the features.
-      **options: the loss's keyword options, ``beta=0.5`` for "jw2", say.
+      **options: the loss's keyword options, ``beta=0.5`` for "jw2", say; of a sum only
+        ``weights``, one a term.
 
     Returns:
       A `Metric`: ``(student: Outputs, teacher: Outputs, labels, *, key=None) -> scalar``.
-      Hashable, so it may be a static argument of a jitted function.
+      Hashable, so it may be a static argument of a jitted function. Of a sum a `MetricSum`.
 
     Raises:
       ValueError: an unknown name (with the nearest ones), or an option out of range.
@@ -137,7 +288,12 @@ def get_metric(name: str, *, on: str = "features", **options) -> Metric:
       >>> print(f"{metric(out, out, None):.4f}")  # 0.5 log 2: the cross-entropy of a coin
       0.3466
     """
-    name, _, at = name.replace("_", "-").lower().partition("@")
+    if "+" in name:
+        weights = options.pop("weights", None)
+        if options:
+            raise TypeError("options of a sum's terms: make each with get_metric, then metric_sum")
+        return metric_sum([get_metric(term, on=on) for term in name.split("+")], weights)
+    name, _, at = name.strip().replace("_", "-").lower().partition("@")
     on = at or on
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, METRICS)}")
@@ -153,82 +309,32 @@ def get_metric(name: str, *, on: str = "features", **options) -> Metric:
         if option not in allowed:
             hint = did_you_mean(option, allowed) if allowed else "it has none"
             raise TypeError(f"metric {name!r} has no option {option!r}: {hint}")
-    metric = Metric(name, on, tuple(sorted({**info.options, **options}.items())))
+    options = {
+        key: _Array(value) if isinstance(value, jax.Array | np.ndarray) and value.ndim else value
+        for key, value in {**info.options, **options}.items()
+    }
+    metric = Metric(name, on, tuple(sorted(options.items())))
     _try_out(metric)
+    return metric
+
+
+def resolve(metric: Metric | MetricSum | str | None) -> Metric | MetricSum | None:
+    """A metric by whatever it was given: itself, its name, or none."""
+    if isinstance(metric, str):
+        return None if metric == "none" else get_metric(metric)
     return metric
 
 
 def _try_out(metric: Metric) -> None:
     """Trace the metric once on a tiny batch, so that a bad option shows here and not later."""
-    out = Outputs(jnp.zeros((4, 2)), jnp.zeros((4, 2)), (jnp.zeros((4, 2, 2, 2)),))
-    jax.eval_shape(lambda key: metric(out, out, jnp.zeros(4, int), key=key), jax.random.key(0))
 
+    def array(*shape, dtype=jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-class LossTerms(NamedTuple):
-    """The parts of a distillation loss, both scalars: unweighted, so that runs compare.
-
-    Attributes:
-      task: the cross-entropy on the labels, in nats.
-      distillation: the metric's value, in its own unit.
-    """
-
-    task: jax.Array
-    distillation: jax.Array
-
-
-def distillation_loss(
-    student: Outputs,
-    teacher: Outputs,
-    labels: ArrayLike,
-    *,
-    metric: Metric | str | None,
-    coef: jax.Array | float,
-    task_coef: jax.Array | float = 1.0,
-    key: jax.Array | None = None,
-) -> tuple[jax.Array, LossTerms]:
-    """The student's loss: ``task_coef * cross-entropy + coef * metric(student, teacher)``.
-
-    Args:
-      student: `Outputs` for the batch; its logits ``[n, k]`` are needed.
-      teacher: `Outputs` for the same batch. No gradient flows to it.
-      labels: ``[n]`` integers in [0, k).
-      metric: a name, a `Metric`, or None (or "none") for the cross-entropy alone.
-      coef: >= 0, the weight lambda of the distance; may be traced.
-      task_coef: >= 0, the weight of the cross-entropy; may be traced.
-      key: a PRNG key, for metrics that draw.
-
-    Returns:
-      ``(loss, LossTerms(task, distillation))``, float32 scalars. The loss is in nats plus
-      lambda times the metric's unit (squared distance or nats).
-
-    Raises:
-      ValueError: a negative weight, or a metric that needs what it was not given.
-      TypeError: labels that are not integers.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> out = Outputs(jnp.eye(3), jnp.zeros((3, 2)))
-      >>> loss, terms = distillation_loss(out, out, jnp.array([0, 1, 1]), metric="l2", coef=1.0)
-      >>> print(f"{loss:.4f} {terms.task:.4f} {terms.distillation:.4f}")
-      0.6931 0.6931 0.0000
-
-    References:
-      Fernandes Montesuma, KD2M, GSI 2025, Algorithm 1.
-    """
-    student, teacher = Outputs(*student), Outputs(*teacher)
-    for name, weight in (("coef", coef), ("task_coef", task_coef)):
-        if not isinstance(weight, jax.core.Tracer) and not float(weight) >= 0:
-            raise ValueError(f"{name} must be >= 0, got {weight}")
-    if student.logits is None:
-        raise ValueError("the student's Outputs have no logits, which the cross-entropy needs")
-    logits = floating("the student's logits", student.logits)
-    labels = class_labels(labels, logits.shape[0])
-    task = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
-    if isinstance(metric, str):
-        metric = None if metric == "none" else get_metric(metric)
-    if metric is None:
-        distillation = jnp.zeros_like(task)
-    else:
-        distillation = metric(student, jax.lax.stop_gradient(teacher), labels, key=key)
-    total = jnp.asarray(task_coef) * task + jnp.asarray(coef) * distillation
-    return total, LossTerms(task, distillation)
+    # As many classes as a matrix of costs has, sixteen stages for `stages` to choose from, and
+    # maps that every grid up to 10 divides: nothing is computed, so size costs nothing.
+    cost = dict(metric.options).get("class_cost")
+    classes = np.shape(cost.array)[0] if isinstance(cost, _Array) else 2
+    out = Outputs(array(4, 2), array(4, classes), (array(4, 2520, 2520, 2),) * 16)
+    call = lambda out, labels, key: metric(out, out, labels, key=key)  # noqa: E731
+    jax.eval_shape(call, out, array(4, dtype=jnp.int32), jax.random.key(0))

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -48,6 +48,13 @@ def number(name: str, value: float, *, positive: bool = True) -> float:
     if not (value > 0 or (not positive and value == 0)):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value}")
     return value
+
+
+def integer(name: str, value: int) -> int:
+    """Raise ValueError unless value is an integer >= 1."""
+    if value != int(value) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    return int(value)
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -110,13 +117,46 @@ def class_labels(labels: ArrayLike, n: int) -> jax.Array:
     return labels
 
 
-def paired_logits(logits_s: ArrayLike, logits_t: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Logits of student and teacher over the same classes."""
+def paired_logits(
+    logits_s: ArrayLike, logits_t: ArrayLike, *, paired: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of student and teacher over the same classes; ``paired`` ones row by row as well."""
     logits_s, logits_t = matrix("logits_s", logits_s), matrix("logits_t", logits_t)
     if logits_s.shape[1] != logits_t.shape[1]:
         raise ValueError(
             f"logits_s has {logits_s.shape[1]} classes and logits_t has {logits_t.shape[1]}: "
             "student and teacher must predict the same classes"
         )
+    if paired and logits_s.shape[0] != logits_t.shape[0]:
+        raise ValueError(
+            f"logits_s has {logits_s.shape[0]} rows and logits_t has {logits_t.shape[0]}: here row "
+            "i of both must be the same example"
+        )
     dtype = jnp.promote_types(logits_s.dtype, logits_t.dtype)
     return logits_s.astype(dtype), logits_t.astype(dtype)
+
+
+Maps = ArrayLike | Sequence[ArrayLike]  # one stage's feature maps, or several stages', first first
+
+
+def stage_maps(maps_s: Maps, maps_t: Maps, stage: int) -> tuple[jax.Array, jax.Array]:
+    """One stage's maps ``[n, h, w, c]`` of student and teacher; h, w and c may differ."""
+    pair = []
+    for name, maps in (("maps_s", maps_s), ("maps_t", maps_t)):
+        stages = tuple(maps) if isinstance(maps, (tuple, list)) else (maps,)
+        if not -len(stages) <= stage < len(stages):
+            raise ValueError(f"{name} has {len(stages)} stages, so there is no stage {stage}")
+        x = jnp.asarray(stages[stage])
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(
+                f"{name} must hold non-empty [n, height, width, channels] arrays, got shape "
+                f"{list(x.shape)}"
+            )
+        pair.append(floating(name, x))
+    if pair[0].shape[0] != pair[1].shape[0]:
+        raise ValueError(
+            f"maps_s has {pair[0].shape[0]} rows and maps_t has {pair[1].shape[0]}: here row i of "
+            "both must be the same example"
+        )
+    dtype = jnp.promote_types(pair[0].dtype, pair[1].dtype)
+    return pair[0].astype(dtype), pair[1].astype(dtype)

@@ -96,3 +96,9 @@ def squared_distances(z_s: jax.Array, z_t: jax.Array) -> jax.Array:
     z_s, z_t = centred(z_s, z_t)
     inner = jnp.matmul(z_s, z_t.T, precision=HIGHEST)
     return jnp.sum(z_s**2, 1)[:, None] + jnp.sum(z_t**2, 1)[None, :] - 2 * inner
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root whose gradient at 0 (a dead feature, coincident points) is 0, not infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0 * x)  # NaN stays NaN

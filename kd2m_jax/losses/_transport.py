@@ -5,35 +5,18 @@ in the cost C and in who may be matched with whom (`Groups`). The coupling is a 
 the gradient: no differentiation through solver iterations (envelope theorem).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from ott.geometry import epsilon_scheduler, geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import acceleration, sinkhorn
-from ott.tools import unreg
 
 from kd2m_jax.losses._checks import choice, clouds, loss, number, paired_logits
 from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, everyone, squared_distances
+from kd2m_jax.losses._solvers import SOLVERS, TransportInfo, dual_start, sinkhorn_plan
 
-SOLVERS = ("sinkhorn", "exact")
 LABEL_COSTS = ("cross_entropy", "kl", "sqeuclidean")
-
-
-class TransportInfo(NamedTuple):
-    """What the solver found, for ``has_aux=True``.
-
-    Attributes:
-      coupling: ``[n, m]``, the plan P; non-negative, sums to one.
-      converged: bool scalar; True for the exact solver.
-      n_iters: int scalar, Sinkhorn iterations; 0 for the exact solver.
-    """
-
-    coupling: jax.Array
-    converged: jax.Array
-    n_iters: jax.Array
 
 
 @loss
@@ -43,6 +26,7 @@ def w2(
     *,
     solver: str = "sinkhorn",
     epsilon: float = 0.01,
+    debiased: bool = False,
     has_aux: bool = False,
 ):
     r"""Squared 2-Wasserstein distance between two empirical feature distributions.
@@ -53,20 +37,27 @@ def w2(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n (a bank of them, say).
-      solver: "sinkhorn" (entropic, log domain, any n and m) or "exact" (Hungarian, n = m).
+      solver: "sinkhorn" (entropic, log domain, any n and m), "ipot" (inexact proximal point:
+        no entropic bias, any n and m) or "exact" (Hungarian, n = m).
       epsilon: > 0, the strength of the entropy, relative to a lower bound of the cost itself
         (the better of two dual solutions, at least 0.1% of the mean cost): 0.01 keeps the value
-        within about 1% of the exact one, whatever the scale of the features.
+        within about 1% of the exact one, whatever the scale of the features. For "ipot" the
+        smallest proximal step, in the same unit: it decides the speed, not the value.
+      debiased: whether to return the Sinkhorn divergence
+        ``OT_eps(s, t) - (OT_eps(s, s) + OT_eps(t, t)) / 2`` of entropic costs (the entropy in
+        them) instead: 0 at equality and never negative, up to rounding. The three share the
+        epsilon of student against teacher. Plain Sinkhorn lies above the exact cost, the
+        divergence below it, by 0.1% to 0.9% at epsilon = 0.01. Sinkhorn only.
       has_aux: whether to return ``(value, TransportInfo(coupling, converged, n_iters))``.
 
     Returns:
       Scalar, a *squared* distance, float32 (float64 for float64 features). The gradient is
-      that of ``<P, C>`` with P constant: the exact one for "exact", that of the entropic cost
-      for "sinkhorn".
+      that of ``<P, C>`` with P constant: the exact one for "exact" and "ipot", that of the
+      entropic cost for "sinkhorn", which is that of the value itself when debiased.
 
     Raises:
-      ValueError: shapes that do not match, an unknown solver, epsilon <= 0, or the exact
-        solver with n != m.
+      ValueError: shapes that do not match, an unknown solver, epsilon <= 0, the exact solver
+        with n != m, or debiased with another solver than Sinkhorn.
       TypeError: features that are not floating point.
 
     Example:
@@ -77,12 +68,14 @@ def w2(
       1.0000
 
     References:
-      Fernandes Montesuma, KD2M, GSI 2025, W2 (E). Entropic solver: Cuturi, NeurIPS 2013.
+      Fernandes Montesuma, KD2M, GSI 2025, W2 (E). Sinkhorn: Cuturi, NeurIPS 2013. Divergence:
+      Feydy et al., AISTATS 2019. IPOT: Xie et al., UAI 2019, in distillation Lohit & Jones,
+      WACV 2022.
     """
     z_s, z_t = clouds(z_s, z_t)
-    cost = squared_distances(z_s, z_t)
-    groups = everyone(cost.shape[0], cost.shape[1], cost.dtype)
-    return _transport(cost, groups, solver, epsilon, has_aux)
+    groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
+    value, info = _transport(squared_distances, z_s, z_t, groups, solver, epsilon, debiased)
+    return (value, info) if has_aux else value
 
 
 @loss
@@ -93,6 +86,7 @@ def cw2(
     *,
     solver: str = "sinkhorn",
     epsilon: float = 0.01,
+    debiased: bool = False,
     has_aux: bool = False,
 ):
     r"""Class-conditional squared 2-Wasserstein distance: W2^2 within each class, averaged.
@@ -106,15 +100,17 @@ def cw2(
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
       labels: ``[n]`` integers, their classes.
-      solver: "sinkhorn" or "exact", as in `w2`.
+      solver: "sinkhorn", "ipot" or "exact", as in `w2`.
       epsilon: > 0, as in `w2`, over the pairs within a class.
+      debiased: whether to return the mean of the classes' Sinkhorn divergences, as in `w2`.
       has_aux: whether to return ``(value, TransportInfo)`` as in `w2`.
 
     Returns:
       Scalar, a *squared* distance, float32 (float64 for float64 features).
 
     Raises:
-      ValueError: shapes that do not match, an unknown solver, epsilon <= 0.
+      ValueError: shapes that do not match, an unknown solver, epsilon <= 0, debiased with
+        another solver than Sinkhorn.
       TypeError: labels that are not integers, features that are not floating point.
 
     Example:
@@ -129,7 +125,8 @@ def cw2(
     """
     z_s, z_t = clouds(z_s, z_t, paired=True)
     groups = by_class(labels, z_s.shape[0], z_s.dtype)
-    return _transport(squared_distances(z_s, z_t), groups, solver, epsilon, has_aux)
+    value, info = _transport(squared_distances, z_s, z_t, groups, solver, epsilon, debiased)
+    return (value, info) if has_aux else value
 
 
 @loss
@@ -143,6 +140,7 @@ def jw2(
     label_cost: str = "cross_entropy",
     solver: str = "sinkhorn",
     epsilon: float = 0.01,
+    debiased: bool = False,
     has_aux: bool = False,
 ):
     r"""Squared 2-Wasserstein distance between joint distributions of features and predictions.
@@ -161,8 +159,11 @@ def jw2(
       logits_t: ``[m, k]`` float, the teacher's.
       beta: >= 0, the weight of the label cost; 0 gives `w2`.
       label_cost: "cross_entropy", "kl" or "sqeuclidean".
-      solver: "sinkhorn" or "exact", as in `w2`.
+      solver: "sinkhorn", "ipot" or "exact", as in `w2`.
       epsilon: > 0, as in `w2`, relative to the joint cost.
+      debiased: whether to return the Sinkhorn divergence, as in `w2`. It compares each network
+        with itself, which takes a label cost that is symmetric and 0 between equal predictions:
+        "sqeuclidean" alone.
       has_aux: whether to return ``(value, TransportInfo)`` as in `w2`.
 
     Returns:
@@ -170,7 +171,8 @@ def jw2(
 
     Raises:
       ValueError: shapes that do not match, an unknown solver or label cost, epsilon <= 0,
-        beta < 0, or the exact solver with n != m.
+        beta < 0, the exact solver with n != m, or debiased with another solver than Sinkhorn or
+        another label cost than "sqeuclidean".
       TypeError: features or logits that are not floating point.
 
     Example:
@@ -191,14 +193,25 @@ def jw2(
             f"z_s and z_t have {z_s.shape[0]} and {z_t.shape[0]}"
         )
     number("beta", beta, positive=False)
-    cost = squared_distances(z_s, z_t) + beta * _label_cost(logits_s, logits_t, label_cost)
-    groups = everyone(cost.shape[0], cost.shape[1], cost.dtype)
-    return _transport(cost, groups, solver, epsilon, has_aux)
+    choice("label_cost", label_cost, LABEL_COSTS)
+    if debiased and label_cost != "sqeuclidean":
+        raise ValueError(
+            "debiased=True compares each network with itself, which takes a symmetric label cost: "
+            f"use label_cost='sqeuclidean', not {label_cost!r}"
+        )
+
+    def joint(x, y):
+        (z, logits), (other_z, other_logits) = x, y
+        return squared_distances(z, other_z) + beta * _label_cost(logits, other_logits, label_cost)
+
+    groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
+    x, y = (z_s, logits_s), (z_t, logits_t)
+    value, info = _transport(joint, x, y, groups, solver, epsilon, debiased)
+    return (value, info) if has_aux else value
 
 
 def _label_cost(logits_s: jax.Array, logits_t: jax.Array, kind: str) -> jax.Array:
     """``[n, m]``, how much student prediction i disagrees with teacher prediction j."""
-    choice("label_cost", kind, LABEL_COSTS)
     if kind == "sqeuclidean":
         return squared_distances(logits_s, logits_t)
     log_s, log_t = jax.nn.log_softmax(logits_s), jax.nn.log_softmax(logits_t)
@@ -208,68 +221,64 @@ def _label_cost(logits_s: jax.Array, logits_t: jax.Array, kind: str) -> jax.Arra
     return cost if kind == "cross_entropy" else cost + jnp.sum(p_t * log_t, axis=1)[None, :]
 
 
-def _transport(cost: jax.Array, groups: Groups, solver: str, epsilon: float, has_aux: bool):
-    """``<stop_gradient(P), C>`` for the plan P of the chosen solver."""
-    choice("solver", solver, SOLVERS)
+def _transport(
+    pair_costs: Callable[[Any, Any], jax.Array],
+    x: Any,
+    y: Any,
+    groups: Groups,
+    solver: str,
+    epsilon: float,
+    debiased: bool,
+) -> tuple[jax.Array, TransportInfo]:
+    """``<stop_gradient(P), C>`` for the plan P of the chosen solver, or the divergence."""
+    choice("solver", solver, tuple(SOLVERS))
     number("epsilon", epsilon)
+    if debiased and solver != "sinkhorn":
+        raise ValueError(
+            f"debiased=True takes away the bias of the entropy, and solver={solver!r} has none: "
+            "use solver='sinkhorn'"
+        )
+    if debiased:
+        return _divergence(pair_costs, x, y, groups, epsilon)
+    cost = pair_costs(x, y)
     if solver == "exact" and cost.shape[0] != cost.shape[1]:
         raise ValueError(
             f"solver='exact' pairs samples one to one, so it needs m = n, got n = "
-            f"{cost.shape[0]} and m = {cost.shape[1]}: use solver='sinkhorn'"
+            f"{cost.shape[0]} and m = {cost.shape[1]}: use solver='sinkhorn' or 'ipot'"
         )
-    # The solvers see non-negative costs, infinite across groups; the value sees none of that.
-    fixed = groups.within(jnp.maximum(jax.lax.stop_gradient(cost), 0), outside=jnp.inf)
-    info = _exact(fixed, groups) if solver == "exact" else _sinkhorn(fixed, groups, epsilon)
-    info = jax.lax.stop_gradient(info)
-    value = jnp.sum(info.coupling * cost)
-    return (value, info) if has_aux else value
+    info = jax.lax.stop_gradient(SOLVERS[solver](_fixed(cost, groups), groups, epsilon))
+    return jnp.sum(info.coupling * cost), info
 
 
-def _exact(cost: jax.Array, groups: Groups) -> TransportInfo:
-    """The Hungarian plan. Groups do not interact, so their weights do not change the pairing."""
-    # The solver does not end on NaN; the value is NaN all the same, for it is taken from C.
-    _, out = unreg.hungarian(geometry.Geometry(jnp.where(jnp.isnan(cost), 0, cost)))
-    i, j = out.paired_indices
-    coupling = jnp.zeros_like(cost).at[i, j].set(groups.weight_s[i])
-    return TransportInfo(coupling, jnp.array(True), jnp.array(0))
+def _fixed(cost: jax.Array, groups: Groups) -> jax.Array:
+    """What a solver sees: constant non-negative costs, infinite across groups."""
+    return groups.within(jnp.maximum(jax.lax.stop_gradient(cost), 0), outside=jnp.inf)
 
 
-def _sinkhorn(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
-    """The entropic plan, by ott-jax in the log domain.
+def _divergence(
+    pair_costs: Callable[[Any, Any], jax.Array], x: Any, y: Any, groups: Groups, epsilon: float
+) -> tuple[jax.Array, TransportInfo]:
+    """``OT(x, y) - (OT(x, x) + OT(y, y)) / 2`` of entropic costs, one epsilon for all three.
 
-    Measured on Gaussian, clustered, power-law and nearly matched clouds, marginal and by class
-    (n 128 and 512, d 16 to 512): epsilon at 1% of the *mean* cost is 0% to 90% above the exact
-    cost, for the mean may be 500 times the optimum; at 1% of the dual bound below it is 0% to
-    0.8% above, in 10 to 400 iterations. Over-relaxation by 1.5 from zero potentials overflows
-    when a sample lies far out; from the dual solution, with epsilon annealed, it does not.
+    Its gradient is that of ``<P, C>`` in each term with P constant (envelope theorem), in the
+    self terms through both arguments. The measure that the entropy is relative to adds
+    constants, which cancel.
     """
-    a, b = groups.weight_s, groups.weight_t
-    # Two feasible dual solutions, each a minimum over rows and columns. Weak duality puts the
-    # better one below the optimal cost, whatever the clouds look like.
-    rows = jnp.min(cost, axis=1)
-    columns = jnp.min(cost, axis=0)
-    duals = (
-        (rows, jnp.min(cost - rows[:, None], axis=0)),
-        (jnp.min(cost - columns[None, :], axis=1), columns),
+    scale = dual_start(_fixed(pair_costs(x, y), groups), groups, epsilon).scale
+    terms = (
+        (1.0, x, y, groups),
+        (-0.5, x, x, groups._replace(size_t=groups.size_s)),
+        (-0.5, y, y, groups._replace(size_s=groups.size_t)),
     )
-    bounds = [a @ f + b @ g for f, g in duals]
-    f, g = (jnp.where(bounds[0] > bounds[1], x, y) for x, y in zip(*duals, strict=True))
-    pairs = groups.within(a[:, None] * b[None, :])
-    mean = jnp.sum(jnp.where(pairs > 0, pairs * cost, 0)) / jnp.sum(pairs)
-    # Identical clouds bound the cost by zero, and identical points make even the mean zero.
-    scale = jnp.maximum(jnp.maximum(*bounds), 1e-3 * mean)
-    scale = jnp.maximum(scale, jnp.finfo(cost.dtype).tiny / epsilon)
-    schedule = epsilon_scheduler.Epsilon(target=epsilon, init=10.0, decay=0.8)
-    solver = sinkhorn.Sinkhorn(
-        threshold=5e-4,
-        inner_iterations=5,
-        max_iterations=2000,
-        momentum=acceleration.Momentum(value=1.5),
-        implicit_diff=None,
-    )
-    problem = linear_problem.LinearProblem(geometry.Geometry(cost / scale, epsilon=schedule), a, b)
-    with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it, whatever the caller set
-        out = solver(problem, init=(f / scale, g / scale))
-    # One last plain update of the rows: over-relaxation leaves the total mass slightly off one.
-    rows = jax.nn.softmax((out.g[None, :] - cost / scale) / epsilon, axis=1)
-    return TransportInfo(a[:, None] * rows, jnp.asarray(out.converged), jnp.asarray(out.n_iters))
+    value, infos = jnp.zeros_like(scale), []
+    for weight, p, q, members in terms:
+        cost = pair_costs(p, q)
+        info, entropic = jax.lax.stop_gradient(
+            sinkhorn_plan(_fixed(cost, members), members, epsilon, scale)
+        )
+        linear = jnp.sum(info.coupling * cost)
+        value += weight * (entropic + (linear - jax.lax.stop_gradient(linear)))
+        infos.append(info)
+    converged = jnp.all(jnp.stack([info.converged for info in infos]))
+    n_iters = jnp.sum(jnp.stack([info.n_iters for info in infos]))
+    return value, TransportInfo(infos[0].coupling, converged, n_iters)

@@ -82,9 +82,7 @@ def test_gaussian_values(kind, n, d, classes, covariance):
         for shrinkage in (0.1, 0.01):
             options = {"covariance": covariance, "direction": direction, "shrinkage": shrinkage}
             s = oracles.ridge(x, y, shrinkage)
-            kl = functools.partial(
-                oracles.gaussian_kl, s=s, kind=covariance, direction=direction
-            )
+            kl = functools.partial(oracles.gaussian_kl, s=s, kind=covariance, direction=direction)
             value = losses.gaussian_kl(*args, **options)
             np.testing.assert_allclose(value, kl(x, y), rtol=5e-3)
             value = losses.gaussian_ckl(*by, **options)
@@ -139,7 +137,9 @@ def test_sinkhorn_gradients_use_their_own_coupling(kind):
         np.testing.assert_allclose(value, (plan * oracles.distances(x, y)).sum(), rtol=1e-4)
         gradient = jax.grad(function)(*single(*arrays))
         expected = transport_gradient(plan, x, y)
-        np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            gradient, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()
+        )
 
 
 @pytest.mark.parametrize("label_cost", ["cross_entropy", "kl", "sqeuclidean"])

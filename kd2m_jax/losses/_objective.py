@@ -1,0 +1,90 @@
+"""The student's loss: cross-entropy on the labels plus lambda times a distance."""
+
+from typing import NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from kd2m_jax.losses._catalogue import Metric, MetricSum, resolve
+from kd2m_jax.losses._checks import class_labels, floating
+from kd2m_jax.outputs import Outputs
+
+
+class LossTerms(NamedTuple):
+    """The parts of a distillation loss, all scalars: unweighted, so that runs compare.
+
+    Attributes:
+      task: the cross-entropy on the labels, in nats.
+      distillation: the metric's value, in its own unit; of a sum of metrics, their sum with its
+        weights.
+      parts: of a sum of metrics, each one's own value by its label; else empty.
+    """
+
+    task: jax.Array
+    distillation: jax.Array
+    parts: dict[str, jax.Array]
+
+
+def distillation_loss(
+    student: Outputs,
+    teacher: Outputs,
+    labels: ArrayLike,
+    *,
+    metric: Metric | MetricSum | str | None,
+    coef: jax.Array | float,
+    task_coef: jax.Array | float = 1.0,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, LossTerms]:
+    """The student's loss: ``task_coef * cross-entropy + coef * metric(student, teacher)``.
+
+    Args:
+      student: `Outputs` for the batch; its logits ``[n, k]`` are needed.
+      teacher: `Outputs` for the same batch. No gradient flows to it.
+      labels: ``[n]`` integers in [0, k).
+      metric: a name, a `Metric`, a `MetricSum`, or None (or "none") for the cross-entropy alone.
+      coef: >= 0, the weight lambda of the distance; may be traced.
+      task_coef: >= 0, the weight of the cross-entropy; may be traced.
+      key: a PRNG key, for metrics that draw.
+
+    Returns:
+      ``(loss, LossTerms(task, distillation, parts))``, float32 scalars. The loss is in nats plus
+      lambda times the metric's unit (squared distance or nats).
+
+    Raises:
+      ValueError: a negative weight, or a metric that needs what it was not given.
+      TypeError: labels that are not integers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> out = Outputs(jnp.eye(3), jnp.zeros((3, 2)))
+      >>> loss, terms = distillation_loss(out, out, jnp.array([0, 1, 1]), metric="l2", coef=1.0)
+      >>> print(f"{loss:.4f} {terms.task:.4f} {terms.distillation:.4f}")
+      0.6931 0.6931 0.0000
+
+    References:
+      Fernandes Montesuma, KD2M, GSI 2025, Algorithm 1.
+    """
+    student, teacher = Outputs(*student), Outputs(*teacher)
+    for name, weight in (("coef", coef), ("task_coef", task_coef)):
+        if not isinstance(weight, jax.core.Tracer) and not float(weight) >= 0:
+            raise ValueError(f"{name} must be >= 0, got {weight}")
+    if student.logits is None:
+        raise ValueError("the student's Outputs have no logits, which the cross-entropy needs")
+    logits = floating("the student's logits", student.logits)
+    labels = class_labels(labels, logits.shape[0])
+    task = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    metric = resolve(metric)
+    teacher = jax.lax.stop_gradient(teacher)
+    parts: dict[str, jax.Array] = {}
+    if metric is None:
+        distillation = jnp.zeros_like(task)
+    elif isinstance(metric, MetricSum):
+        parts = metric.parts(student, teacher, labels, key=key)
+        distillation = metric.weigh(parts)
+    else:
+        distillation = metric(student, teacher, labels, key=key)
+    total = jnp.asarray(task_coef) * task + jnp.asarray(coef) * distillation
+    return total, LossTerms(task, distillation, parts)

@@ -1,0 +1,179 @@
+"""Solvers of one problem, ``min_P <P, C>`` over couplings P of two weighted clouds.
+
+Costs are non-negative, infinite where two samples may not be matched (`Groups.within`). The
+gradient never passes through a solver: callers detach the costs they hand in.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from ott.geometry import epsilon_scheduler, geometry
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import acceleration, sinkhorn
+from ott.tools import unreg
+
+from kd2m_jax.losses._groups import Groups
+
+
+class TransportInfo(NamedTuple):
+    """What the solver found, for ``has_aux=True``.
+
+    Attributes:
+      coupling: ``[n, m]``, the plan P; non-negative, sums to one.
+      converged: bool scalar; True for the exact solver.
+      n_iters: int scalar, Sinkhorn or proximal iterations; 0 for the exact solver.
+    """
+
+    coupling: jax.Array
+    converged: jax.Array
+    n_iters: jax.Array
+
+
+class Dual(NamedTuple):
+    """A feasible dual solution (``f_i + g_j <= C_ij``) and the scale of the problem.
+
+    Attributes:
+      f, g: ``[n]``, ``[m]``.
+      scale: scalar > 0, what epsilon is relative to.
+    """
+
+    f: jax.Array
+    g: jax.Array
+    scale: jax.Array
+
+
+def exact_plan(cost: jax.Array, groups: Groups, epsilon: float = 0.0) -> TransportInfo:
+    """The Hungarian plan. Groups do not interact, so their weights do not change the pairing."""
+    del epsilon  # it has none
+    # The solver does not end on NaN; the value is NaN all the same, for it is taken from C.
+    _, out = unreg.hungarian(geometry.Geometry(jnp.where(jnp.isnan(cost), 0, cost)))
+    i, j = out.paired_indices
+    coupling = jnp.zeros_like(cost).at[i, j].set(groups.weight_s[i])
+    return TransportInfo(coupling, jnp.array(True), jnp.array(0))
+
+
+def dual_start(cost: jax.Array, groups: Groups, epsilon: float) -> Dual:
+    """The better of two dual solutions, each a minimum over rows and columns.
+
+    Weak duality puts its value below the optimal cost, whatever the clouds look like: a scale
+    for epsilon that the mean cost is not, which may be 500 times the optimum.
+    """
+    a, b = groups.weight_s, groups.weight_t
+    rows = jnp.min(cost, axis=1)
+    columns = jnp.min(cost, axis=0)
+    duals = (
+        (rows, jnp.min(cost - rows[:, None], axis=0)),
+        (jnp.min(cost - columns[None, :], axis=1), columns),
+    )
+    bounds = [a @ f + b @ g for f, g in duals]
+    f, g = (jnp.where(bounds[0] > bounds[1], x, y) for x, y in zip(*duals, strict=True))
+    pairs = groups.within(a[:, None] * b[None, :])
+    mean = jnp.sum(jnp.where(pairs > 0, pairs * cost, 0)) / jnp.sum(pairs)
+    # Identical clouds bound the cost by zero, and identical points make even the mean zero.
+    scale = jnp.maximum(jnp.maximum(*bounds), 1e-3 * mean)
+    return Dual(f, g, jnp.maximum(scale, jnp.finfo(cost.dtype).tiny / epsilon))
+
+
+def sinkhorn_plan(
+    cost: jax.Array, groups: Groups, epsilon: float, scale: jax.Array | None = None
+) -> tuple[TransportInfo, jax.Array]:
+    """The entropic plan, by ott-jax in the log domain, and its entropic cost.
+
+    The cost is that of ``<P, C> + epsilon scale sum_ij P_ij log P_ij``. ``scale`` is that of
+    `dual_start` unless given.
+
+    Measured on Gaussian, clustered, power-law and nearly matched clouds, marginal and by class
+    (n 128 and 512, d 16 to 512): epsilon at 1% of the *mean* cost is 0% to 90% above the exact
+    cost, for the mean may be 500 times the optimum; at 1% of the dual bound below it is 0% to
+    0.8% above, in 10 to 400 iterations. Over-relaxation by 1.5 from zero potentials overflows
+    when a sample lies far out; from the dual solution, with epsilon annealed, it does not.
+    """
+    a, b = groups.weight_s, groups.weight_t
+    dual = dual_start(cost, groups, epsilon)
+    scale = dual.scale if scale is None else scale
+    schedule = epsilon_scheduler.Epsilon(target=epsilon, init=10.0, decay=0.8)
+    solver = sinkhorn.Sinkhorn(
+        threshold=5e-4,
+        inner_iterations=5,
+        max_iterations=2000,
+        momentum=acceleration.Momentum(value=1.5),
+        implicit_diff=None,
+    )
+    problem = linear_problem.LinearProblem(geometry.Geometry(cost / scale, epsilon=schedule), a, b)
+    with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it, whatever the caller set
+        out = solver(problem, init=(dual.f / scale, dual.g / scale))
+    # One last plain update of the rows: over-relaxation leaves the total mass slightly off one.
+    kernel = (out.g[None, :] - cost / scale) / epsilon
+    coupling = a[:, None] * jax.nn.softmax(kernel, axis=1)
+    f = epsilon * (jnp.log(a) - logsumexp(kernel, axis=1))
+    # With the mass at one, f and g are feasible duals: their value is second order in their error.
+    entropic = scale * (a @ f + b @ out.g)
+    return TransportInfo(coupling, jnp.asarray(out.converged), jnp.asarray(out.n_iters)), entropic
+
+
+def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
+    """The unregularised plan, by the inexact proximal point method in the log domain.
+
+    ``P <- argmin_Q <Q, C> + step KL(Q || P)``: the Gibbs kernel ``exp(-C / step)`` is multiplied
+    into the plan, then Sinkhorn updates bring the marginals back. The entropy of a step only
+    holds it near the previous plan, so no bias is left. Steps shrink by 10% each, from the mean
+    cost to 10 epsilon of the best lower bound found so far: there the plan is as sharp as that
+    of Sinkhorn with this epsilon, and goes on from it.
+
+    The scalings, carried from step to step as in Xie et al., are a dual solution once a minimum
+    over rows makes them feasible, so the gap between ``<P, C>`` and the dual value certifies the
+    plan: the iteration ends with a gap below 0.1% and row sums off by less than 5e-4 in total.
+    Measured as in `sinkhorn_plan`: within 0.1% of exact in 1 to 130 iterations, and in 110 to
+    1,430 where clusters of unequal mass let the first bound be a tenth of the optimum.
+    """
+    a, b = groups.weight_s, groups.weight_t
+    log_a, log_b = jnp.log(a), jnp.log(b)
+    dual = dual_start(cost, groups, epsilon)
+    # Reduced costs, zero where a pair is best: what is multiplied into the plan again and again
+    # stays small where the mass is, and float32 keeps its digits.
+    cost = (cost - dual.f[:, None] - dual.g[None, :]) / dual.scale
+    offset = (a @ dual.f + b @ dual.g) / dual.scale
+
+    def unfinished(state):
+        _, _, _, error, gap, _, n_iters = state
+        # On NaN both comparisons are false, and the iteration ends.
+        return (n_iters < 5000) & ((error > 5e-4) | (gap > 1e-3))
+
+    def update(state):
+        log_plan, g, step, error, _, bound, n_iters = state
+        # A step is taken when the last one's marginals are nearly right: with a kernel sharper
+        # than the potentials deserve, Sinkhorn needs thousands of updates to correct them.
+        advance = ~(error > 3e-3)
+        step = jnp.where(advance, jnp.maximum(0.9 * step, 10 * epsilon * bound), step)
+        log_plan = log_plan + jnp.where(advance, (g[None, :] - cost) / step, 0)
+        log_plan += (log_a - logsumexp(log_plan, axis=1))[:, None]
+        log_v = log_b - logsumexp(log_plan, axis=0)
+        log_plan += log_v[None, :]
+        plan, g = jnp.exp(log_plan), g + step * log_v
+        error = jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a))
+        dual_value = offset + a @ jnp.min(cost - g[None, :], axis=1) + b @ g
+        bound = jnp.maximum(bound, dual_value)
+        gap = jnp.abs(offset + jnp.sum(groups.within(plan * cost)) - dual_value) / bound
+        return log_plan, g, step, error, gap, bound, n_iters + 1
+
+    log_plan = log_a[:, None] + log_b[None, :]
+    pairs = groups.within(jnp.exp(log_plan))
+    mean = jnp.sum(jnp.where(pairs > 0, pairs * cost, 0)) / jnp.sum(pairs)
+    zero = jnp.zeros((), cost.dtype)
+    # The scale may be far above the optimum, for 0.1% of the mean cost is its floor: this bound
+    # may fall a thousand times below it, to where float32's digits of the mean cost end.
+    bound = jnp.maximum(offset, 1e-3)
+    state = (log_plan, 0 * b, jnp.maximum(mean, bound), zero, zero + jnp.inf, bound, 0)
+    log_plan, _, _, error, gap, _, n_iters = jax.lax.while_loop(unfinished, update, state)
+    coupling = a[:, None] * jax.nn.softmax(log_plan, axis=1)
+    return TransportInfo(coupling, (error <= 5e-4) & (gap <= 1e-3), jnp.asarray(n_iters))
+
+
+SOLVERS: dict[str, Callable[[jax.Array, Groups, float], TransportInfo]] = {
+    "sinkhorn": lambda cost, groups, epsilon: sinkhorn_plan(cost, groups, epsilon)[0],
+    "exact": exact_plan,
+    "ipot": ipot_plan,
+}

@@ -1,0 +1,289 @@
+"""The earlier methods' losses against their float64 textbook form, and against each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from clouds import KINDS, draw
+from draws import draw_cost, draw_logits, draw_maps, single
+from reference import family, oracles
+
+from kd2m_jax import Outputs, losses
+from kd2m_jax.losses._mmd import KERNELS
+
+kernels = pytest.mark.parametrize("kernel", KERNELS)
+
+
+def check(loss, oracle, *arrays, atol=0.0):
+    """Value against a float64 oracle, both gradients against finite differences of it."""
+    value, gradients = compiled(loss)(*single(*arrays))
+    np.testing.assert_allclose(value, oracle(*arrays), rtol=1e-3, atol=atol)
+    for k, gradient in enumerate(np.asarray(g, np.float64) for g in gradients):
+        noise = np.random.default_rng(k).normal(size=gradient.shape)
+        for direction in (gradient, noise):
+            direction = direction * np.linalg.norm(arrays[k]) / np.linalg.norm(direction)
+
+            def along(a, k=k):
+                return oracle(*arrays[:k], a, *arrays[k + 1 :])
+
+            expected = oracles.directional_derivative(along, arrays[k], direction)
+            largest = np.linalg.norm(gradient) * np.linalg.norm(direction)
+            actual = (gradient * direction).sum()
+            np.testing.assert_allclose(actual, expected, rtol=2e-2, atol=2e-3 * largest)
+
+
+@functools.cache
+def compiled(loss):
+    """Value and gradients in student and teacher."""
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kd(temperature):
+    h_s, h_t, _ = draw_logits()
+    loss = functools.partial(losses.kd, temperature=temperature)
+    oracle = functools.partial(family.kd, temperature=temperature)
+    check(loss, oracle, h_s, h_t)
+
+
+OPTIONS = {
+    "linear": ({},),
+    "polynomial": ({}, {"degree": 3, "offset": 0.5}),
+    "rbf": ({}, {"bandwidth": "median"}, {"bandwidth": 2.5}),
+    "energy": ({},),
+}
+cases = pytest.mark.parametrize(
+    ("kernel", "options"), [(kernel, options) for kernel in KERNELS for options in OPTIONS[kernel]]
+)
+
+
+def oracle_options(x, y, kernel, options):
+    """The library's options as the oracle takes them: sigma, a constant, is computed first."""
+    if kernel != "rbf":
+        return options
+    width = options.get("bandwidth", "mean")
+    return {"sigma": family.bandwidth(x, y, width) if isinstance(width, str) else width}
+
+
+@cases
+@pytest.mark.parametrize("kind", KINDS)
+def test_mmd_and_cmmd(kind, kernel, options):
+    x, y, labels = draw(kind, 30, 48, classes=5)
+    known = oracle_options(x, y, kernel, options)
+    oracle = functools.partial(family.mmd, kernel=kernel, **known)
+    # A discrepancy far below the kernel's own size is what float32 leaves of it.
+    atol = 2e-7 * np.abs(family.kernel_matrix(x, y, kernel, **known)).mean()
+    value = losses.mmd(*single(x, y), kernel=kernel, **options)
+    np.testing.assert_allclose(value, oracle(x, y), rtol=1e-3, atol=atol)
+    value = losses.cmmd(*single(x, y, labels), kernel=kernel, **options)
+    expected = oracles.by_class(oracle, x, y, labels)
+    np.testing.assert_allclose(value, expected, rtol=1e-3, atol=atol)
+
+
+@cases
+def test_mmd_and_cmmd_values_and_gradients(kernel, options):
+    marginal = functools.partial(losses.mmd, kernel=kernel, **options)
+    conditional = functools.partial(losses.cmmd, kernel=kernel, **options)
+    for kind in KINDS:
+        x, y, labels = draw(kind, 24, 10, classes=3)
+        known = oracle_options(x, y, kernel, options)
+        oracle = functools.partial(family.mmd, kernel=kernel, **known)
+        atol = 2e-7 * np.abs(family.kernel_matrix(x, y, kernel, **known)).mean()
+        check(marginal, oracle, x, y, atol=atol)
+        by_class = functools.partial(oracles.by_class, oracle)
+        check(conditional, by_class, x, y, labels, atol=atol)
+
+
+@kernels
+@pytest.mark.parametrize(("n", "m"), [(40, 12), (12, 40)])
+def test_mmd_between_clouds_of_unequal_size(n, m, kernel):
+    x, y, _ = draw("gaussian", 40, 8)
+    x, y = x[:n], y[:m]
+    expected = family.mmd(x, y, kernel, **oracle_options(x, y, kernel, {}))
+    np.testing.assert_allclose(losses.mmd(*single(x, y), kernel=kernel), expected, rtol=1e-3)
+
+
+NST_OPTIONS = [
+    ("linear", {}),
+    ("polynomial", {}),
+    ("polynomial", {"degree": 3, "offset": 1.0}),
+    ("rbf", {}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "options"), NST_OPTIONS)
+@pytest.mark.parametrize("size_s", [(8, 4, 9), (2, 4, 1)])
+def test_nst(size_s, kernel, options):
+    maps_s, maps_t = draw_maps(size_s=size_s)
+    expected = family.nst(maps_s, maps_t, kernel, **{"offset": 0.0, **options})
+    value = losses.nst(*single(maps_s, maps_t), kernel=kernel, **options)
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("kernel", "options"), NST_OPTIONS)
+def test_nst_gradients(kernel, options):
+    maps_s, maps_t = draw_maps()
+    maps_t = maps_t[..., :-1]  # the length of a dead channel is not differentiable
+    loss = functools.partial(losses.nst, kernel=kernel, **options)
+    sigmas = family.nst_bandwidths(maps_s, maps_t)
+
+    def oracle(maps_s, maps_t):
+        return family.nst(maps_s, maps_t, kernel, sigmas=sigmas, **{"offset": 0.0, **options})
+
+    check(loss, oracle, maps_s, maps_t)
+
+
+def test_nst_stages():
+    first, last = draw_maps(), draw_maps(size_s=(2, 2, 8), size_t=(4, 4, 5), seed=1)
+    maps_s, maps_t = (tuple(single(*pair)) for pair in zip(first, last, strict=True))
+    by_stage = [float(losses.nst(maps_s[i], maps_t[i])) for i in (0, 1)]
+    assert by_stage[0] != by_stage[1]
+    for stages, expected in ((None, by_stage[1]), (0, by_stage[0]), ((0, -1), sum(by_stage))):
+        value = losses.nst(maps_s, list(maps_t), stages=stages)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("uniform", "options"),
+    [
+        (True, {"temperature": 8.0, "target_coef": 0.0}),
+        (False, {"temperature": 8.0, "target_coef": 0.0}),
+        (False, {"temperature": 1.0, "target_coef": 1 / 600}),
+        (False, {"temperature": 2.0, "target_coef": 1.0, "epsilon": 0.2, "n_iters": 1}),
+        (False, {"temperature": 2.0, "target_coef": 0.0, "epsilon": 0.02, "n_iters": 50}),
+    ],
+)
+def test_wkd_l(uniform, options):
+    h_s, h_t, labels = draw_logits()
+    cost = 1 - np.eye(7) if uniform else draw_cost(7)
+    given = {} if uniform else {"class_cost": jnp.asarray(cost, jnp.float32)}
+    loss = functools.partial(losses.wkd_l, labels=jnp.asarray(labels), **options, **given)
+    oracle = functools.partial(family.wkd_l, labels=labels, cost=cost, **options)
+    # The iterations are part of the loss, so its gradient is that of its value.
+    check(loss, oracle, h_s, h_t)
+
+
+def test_wkd_l_makes_up_the_published_loss():
+    h_s, h_t, labels = draw_logits()
+    lam, features = 600.0, jnp.zeros((24, 2))
+    student, teacher = (Outputs(features, h) for h in single(h_s, h_t))
+    metric = losses.get_metric("wkd-l", target_coef=1 / lam, class_cost=draw_cost(7))
+    loss, _ = losses.distillation_loss(
+        student, teacher, jnp.asarray(labels), metric=metric, coef=lam
+    )
+    known = {"temperature": 8.0, "cost": draw_cost(7)}
+    distance = family.wkd_l(h_s, h_t, labels, target_coef=0, **known)
+    target = family.wkd_l(h_s, h_t, labels, target_coef=1, **known) - distance
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(
+        *single(h_s, labels)
+    ).mean()
+    np.testing.assert_allclose(loss, cross_entropy + target + lam * distance, rtol=1e-4)
+
+
+def test_wkd_l_takes_a_traced_cost_and_gives_it_a_gradient():
+    h_s, h_t, labels = single(*draw_logits())
+    cost = draw_cost(7)
+    gradient = jax.jit(jax.grad(lambda c: losses.wkd_l(h_s, h_t, labels, class_cost=c)))
+    direction = draw_cost(7, seed=1)
+
+    def oracle(c):
+        return family.wkd_l(*draw_logits(), temperature=8.0, target_coef=1 / 600, cost=c)
+
+    expected = oracles.directional_derivative(oracle, cost, direction)
+    actual = (np.asarray(gradient(jnp.asarray(cost, jnp.float32))) * direction).sum()
+    np.testing.assert_allclose(actual, expected, rtol=2e-2)
+
+
+def test_class_cost_matrix():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(4), [70, 75, 90, 80]))  # two blocks of rows
+    features = rng.normal(size=(len(labels), 6)) * (1 + labels[:, None])
+    features += 0.5 * rng.normal(size=(len(labels), 1))
+    for kappa, scale in ((1.0, 1.0), (3.0, 1e4), (1.0, 1e-4)):
+        cost = losses.class_cost_matrix(
+            *single(scale * features, labels), num_classes=4, kappa=kappa
+        )
+        expected = family.class_cost(features, labels, 4, kappa)
+        np.testing.assert_allclose(cost, expected, rtol=1e-3)
+    constant = losses.class_cost_matrix(jnp.ones((8, 3)), jnp.arange(8) % 2, num_classes=2)
+    np.testing.assert_allclose(constant, (1 - np.exp(-1)) * (1 - np.eye(2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("grid", "gamma"), [(1, 4.0), (2, 0.0), (2, 4.0), (4, 4.0), (4, 0.0)])
+def test_wkd_f(grid, gamma):
+    maps_s, maps_t = draw_maps(size_t=(4, 4, 6))
+    loss = functools.partial(losses.wkd_f, grid=grid, mean_coef=gamma)
+    oracle = functools.partial(family.wkd_f, grid=grid, gamma=gamma)
+    if grid < 4 or gamma:  # a cell of one position has no variance to speak of
+        check(loss, oracle, maps_s, maps_t)
+    else:
+        assert loss(*single(maps_s, maps_t)) == 0
+
+
+def test_wkd_f_uses_the_last_stage_and_compares_maps_of_unequal_size():
+    maps_s, maps_t = single(*draw_maps(size_s=(4, 4, 6), size_t=(4, 4, 6)))
+    twice = jnp.repeat(maps_t, 2, axis=1)
+    np.testing.assert_allclose(
+        losses.wkd_f((twice, maps_s), (maps_s, twice), mean_coef=1e6),
+        losses.wkd_f(maps_s, maps_t, mean_coef=1e6),
+        rtol=1e-4,  # the means are the same, the unbiased variances nearly
+    )
+
+
+# Equivalences
+
+
+def test_kd_at_a_high_temperature_is_l2_between_centred_logits():
+    h_s, h_t, _ = draw_logits()
+    gap = (h_s - h_s.mean(1, keepdims=True)) - (h_t - h_t.mean(1, keepdims=True))
+    k = h_s.shape[1]
+    expected = (gap**2).sum(1).mean() / (2 * k)
+    np.testing.assert_allclose(losses.kd(*single(h_s, h_t), temperature=300.0), expected, rtol=2e-2)
+    with jax.enable_x64(True):
+        value = losses.kd(jnp.asarray(h_s), jnp.asarray(h_t), temperature=1e5)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def test_linear_nst_is_linear_mmd_between_each_images_channels():
+    maps_s, maps_t = draw_maps()
+    per_image = [
+        losses.mmd(*single(family.channels(s), family.channels(t)), kernel="linear")
+        for s, t in zip(maps_s, maps_t, strict=True)
+    ]
+    value = losses.nst(*single(maps_s, maps_t), kernel="linear")
+    np.testing.assert_allclose(value, np.mean(per_image), rtol=1e-5)
+
+
+def test_polynomial_nst_matches_gram_matrices_between_positions():
+    maps_s, maps_t = draw_maps()
+    gaps = []
+    for s, t in zip(maps_s, maps_t, strict=True):
+        x, y = family.channels(s), family.channels(t)
+        gaps.append(((x.T @ x / len(x) - y.T @ y / len(y)) ** 2).sum())
+    np.testing.assert_allclose(losses.nst(*single(maps_s, maps_t)), np.mean(gaps), rtol=1e-4)
+
+
+@kernels
+def test_cmmd_of_one_class_is_mmd(kernel):
+    x, y = single(*draw("clustered", 24, 8)[:2])
+    one = jnp.full(24, 3)
+    value = losses.cmmd(x, y, one, kernel=kernel)
+    np.testing.assert_allclose(value, losses.mmd(x, y, kernel=kernel), rtol=1e-4)
+
+
+def test_linear_cmmd_of_singletons_is_l2():
+    x, y = single(*draw("clustered", 24, 8)[:2])
+    value = losses.cmmd(x, y, jnp.arange(24), kernel="linear")
+    np.testing.assert_allclose(value, losses.l2(x, y), rtol=1e-5)
+
+
+def test_wkd_l_between_two_classes_is_the_target_term_alone():
+    h_s, h_t, labels = draw_logits(k=2)
+    value = losses.wkd_l(*single(h_s, h_t, labels), target_coef=2.0)
+    log_s, p_t = jax.nn.log_softmax(h_s), jax.nn.softmax(h_t)
+    rows = np.arange(len(labels))
+    expected = -2 * (p_t[rows, labels] * log_s[rows, labels]).mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
