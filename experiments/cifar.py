@@ -11,7 +11,7 @@ setting: that is --stem=imagenet with --pretrained-teacher and --pretrained-stud
 from experiments._common.cli import CifarSettings, Distillation, Networks, Training, main
 
 DEFAULTS = CifarSettings(
-    distillation=Distillation(metric="cw2", coef=1e-4),
+    distillation=Distillation(metric="cw2", coef="1e-4"),
     networks=Networks(teacher="resnet34", student="resnet18"),
     training=Training(protocol="kd2m"),
 )

@@ -13,7 +13,7 @@ students apart.
 from experiments._common.cli import Distillation, Networks, Settings, Training, main
 
 DEFAULTS = Settings(
-    distillation=Distillation(metric="cw2", coef=1e-3),
+    distillation=Distillation(metric="cw2", coef="1e-3"),
     networks=Networks(teacher="resnet8", student="mlp-32-64"),
     training=Training(protocol="digits"),
 )

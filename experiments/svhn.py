@@ -9,7 +9,7 @@ disk.
 from experiments._common.cli import Distillation, Networks, Settings, Training, main
 
 DEFAULTS = Settings(
-    distillation=Distillation(metric="cw2", coef=1e-4),
+    distillation=Distillation(metric="cw2", coef="1e-4"),
     networks=Networks(teacher="resnet34", student="resnet18"),
     training=Training(protocol="kd2m"),
 )

@@ -38,7 +38,9 @@ class Log:
     def _settle(self) -> None:
         if self._pending is None:
             return
-        columns = {name: np.asarray(self._pending[name], np.float64) for name in self._names}
+        # A sum of metrics reports its terms beside it.
+        names = [*self._names, *(k for k in self._pending if k.startswith("distillation_loss/"))]
+        columns = {name: np.asarray(self._pending[name], np.float64) for name in names}
         self._pending = None
         losses = columns["loss"]
         for i in range(len(losses)):
@@ -56,7 +58,8 @@ class Log:
             return
         step, epoch = self._at
         record = {"step": step, "epoch": epoch, "steps": self._total}
-        for name, alias in self._names.items():
+        for name in self._window[0]:
+            alias = self._names.get(name, name)
             record[alias] = sum(values[name] for values in self._window) / len(self._window)
         record |= scores
         self._window = []

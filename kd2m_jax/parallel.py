@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from kd2m_jax.losses import Metric
+from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.networks import DEVICES, Network
 from kd2m_jax.step import Coef, Step, step_body
 
@@ -17,7 +17,7 @@ def pmap_step(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | str | None,
+    metric: Metric | MetricSum | str | None,
     coef: Coef = 1.0,
     task_coef: Coef = 1.0,
     devices: Sequence[Any] | None = None,
@@ -84,7 +84,7 @@ def shard_map_step(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | str | None,
+    metric: Metric | MetricSum | str | None,
     coef: Coef = 1.0,
     task_coef: Coef = 1.0,
     mesh: jax.sharding.Mesh | None = None,

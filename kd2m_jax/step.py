@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses import Metric, distillation_loss, get_metric
+from kd2m_jax.losses import Metric, MetricSum, distillation_loss
+from kd2m_jax.losses._catalogue import resolve
 from kd2m_jax.networks import Network
 from kd2m_jax.outputs import Outputs
 
@@ -74,7 +75,7 @@ def make_train_step(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | str | None,
+    metric: Metric | MetricSum | str | None,
     coef: Coef = 1.0,
     task_coef: Coef = 1.0,
 ) -> Step:
@@ -97,7 +98,8 @@ def make_train_step(
       ``[n]`` integers; teacher_variables are ``(params, state)`` as the teacher's ``init`` or a
       trained ``TrainState.variables`` gives them (None without a teacher). The old state is
       donated. ``metrics`` has the float32 scalars ``loss``, ``task_loss`` (nats),
-      ``distillation_loss`` (the metric's unit), ``coef`` and ``accuracy`` in [0, 1].
+      ``distillation_loss`` (the metric's unit), ``coef`` and ``accuracy`` in [0, 1], and for a
+      sum of metrics ``distillation_loss/NAME`` for each.
 
     Raises:
       ValueError: a negative weight, an unknown metric, or a metric without a teacher.
@@ -130,7 +132,7 @@ def step_body(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | str | None,
+    metric: Metric | MetricSum | str | None,
     coef: Coef,
     task_coef: Coef,
     axis: str | None,
@@ -143,10 +145,9 @@ def step_body(
     transpose adds the devices' equal gradients up, and the mean over devices takes that factor
     out again.
     """
-    if isinstance(metric, str):
-        metric = None if metric == "none" else get_metric(metric)
+    metric = resolve(metric)
     if metric is not None and teacher is None:
-        raise ValueError(f"metric {metric.name!r} compares with a teacher, and there is none")
+        raise ValueError(f"metric {metric.label!r} compares with a teacher, and there is none")
     for name, weight in (("coef", coef), ("task_coef", task_coef)):
         if not callable(weight) and not weight >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
@@ -194,6 +195,7 @@ def step_body(
             "distillation_loss": terms.distillation,
             "coef": jnp.asarray(weights[0], jnp.float32),
             "accuracy": accuracy,
+            **{f"distillation_loss/{name}": value for name, value in terms.parts.items()},
         }
         params = optax.apply_updates(state.params, updates)
         state = TrainState(params, mean(model_state), opt_state, state.step + 1, state.key)

@@ -13,7 +13,7 @@ from flax import nnx
 from kd2m_jax._batches import Arrays, Batches, steps_per_call
 from kd2m_jax._log import Log
 from kd2m_jax._log import NonFiniteLoss as NonFiniteLoss
-from kd2m_jax.losses import Metric
+from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.networks import DEVICES, Model, Network, as_network, from_nnx
 from kd2m_jax.step import Coef, TrainState, init_state, make_eval_step, step_body
 
@@ -45,7 +45,7 @@ def fit(
     *,
     teacher: Model | None = None,
     teacher_variables: Any = None,
-    metric: Metric | str | None = None,
+    metric: Metric | MetricSum | str | None = None,
     coef: Coef = 1.0,
     task_coef: Coef = 1.0,
     optimizer: optax.GradientTransformation | None = None,

@@ -26,9 +26,10 @@ class Distillation:
 
     metric: str = "cw2"
     """Distance between the networks' features: w2, cw2, jw2, gaussian-w2, gaussian-cw2,
-    gaussian-kl, gaussian-ckl, l2 or none. NAME@logits compares the logits instead."""
-    coef: float = 1e-4
-    """Lambda, the weight of the distance; >= 0. Squared features' scale matters: see README."""
+    gaussian-kl, kd, ... (README) or none. NAME@logits compares the logits, kd+cw2 adds two up."""
+    coef: str = "1e-4"
+    """Lambda, the weight of the distance, >= 0; of a sum of metrics one each: 0.9,1e-3. It depends
+    on the scale of the features: see README."""
     task_coef: float = 1.0
     """The weight of the cross-entropy on the labels; >= 0."""
 
@@ -126,15 +127,27 @@ def _fail(message: object, status: int) -> int:
     return status
 
 
+def coefficients(distillation: Distillation) -> tuple[float, ...]:
+    """The numbers in --coef."""
+    try:
+        return tuple(float(number) for number in distillation.coef.split(","))
+    except ValueError:
+        raise UsageError(f"--coef must be numbers >= 0, got {distillation.coef!r}") from None
+
+
 def check(settings: Settings) -> None:
     """Raise UsageError for what is wrong with the flags, before anything is loaded or made."""
     from experiments._common.protocols import PROTOCOLS
     from kd2m_jax.losses._checks import did_you_mean
 
     d, t, r = settings.distillation, settings.training, settings.run
-    for flag, value in (("--coef", d.coef), ("--task-coef", d.task_coef)):
-        if not (math.isfinite(value) and value >= 0):
-            raise UsageError(f"{flag} must be a number >= 0, got {value}")
+    for flag, values in (("--coef", coefficients(d)), ("--task-coef", (d.task_coef,))):
+        for value in values:
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{flag} must be a number >= 0, got {value}")
+    terms = d.metric.count("+") + 1
+    if len(coefficients(d)) != terms:
+        raise UsageError(f"--coef needs {terms} numbers for --metric={d.metric}, got {d.coef}")
     if t.protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol {t.protocol!r}: {did_you_mean(t.protocol, PROTOCOLS)}")
     for flag, value in (

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import json
 import pathlib
 
@@ -12,11 +13,11 @@ from tqdm import tqdm
 
 from experiments._common import report
 from experiments._common.augment import preprocess
-from experiments._common.cli import Settings, UsageError, check
+from experiments._common.cli import Distillation, Settings, UsageError, check, coefficients
 from experiments._common.data import Dataset, load
 from experiments._common.folder import RunFolder
 from experiments._common.protocols import PROTOCOLS
-from kd2m_jax import FitResult, fit, losses, models
+from kd2m_jax import FitResult, Network, fit, losses, models, projected
 
 LOG_EVERY = 10
 
@@ -24,13 +25,13 @@ LOG_EVERY = 10
 def train_and_report(settings: Settings, dataset_name: str) -> None:
     """Run the three phases into a run folder and print its table."""
     check(settings)
-    metric = _metric(settings.distillation.metric)
+    metric = _metric(settings.distillation)
     dataset = load(dataset_name, settings.run.data_dir)
     config = configuration(settings, dataset)
     teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
     config["parameters"] = {"teacher": _parameters(teacher), "student": _parameters(student)}
     _check_batch(config, dataset)
-    _check_sizes(teacher, student, dataset, metric)
+    distilled = student if metric is None else _with_projector(student, teacher, dataset, metric)
     out = settings.run.out or f"runs/{dataset_name}-{config['metric']}-{config['seed']}"
     folder = RunFolder(out, config, resume=settings.run.resume)
     folder.write_environment(
@@ -46,11 +47,12 @@ def train_and_report(settings: Settings, dataset_name: str) -> None:
     if metric is not None:
         phase(
             "distilled",
-            student,
+            distilled,
             folder.checkpoints / "distilled",
             teacher=teacher,
             metric=metric,
-            coef=config["coef"],
+            # A sum of metrics has its terms' weights inside.
+            coef=1.0 if "+" in config["metric"] else float(config["coef"]),
             task_coef=config["task_coef"],
         )
     report.write(folder.path)
@@ -89,7 +91,7 @@ def run_phase(
     config: dict,
     dataset: Dataset,
     name: str,
-    network: nnx.Module,
+    network: nnx.Module | Network,
     checkpoint_dir: pathlib.Path,
     **distillation,
 ) -> FitResult:
@@ -130,11 +132,14 @@ def _progress(bar: tqdm, batch_size: int):
     return update
 
 
-def _metric(name: str) -> losses.Metric | None:
-    if name == "none":
+def _metric(distillation: Distillation) -> losses.Metric | losses.MetricSum | None:
+    if distillation.metric == "none":
         return None
     try:
-        return losses.get_metric(name)
+        metric = losses.get_metric(distillation.metric)
+        if isinstance(metric, losses.MetricSum):
+            return losses.metric_sum(metric.metrics, coefficients(distillation))
+        return metric
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -178,14 +183,27 @@ def _check_batch(config: dict, dataset: Dataset) -> None:
         raise UsageError(f"--batch-size {size} does not split evenly over {devices} devices")
 
 
-def _check_sizes(
-    teacher: nnx.Module, student: nnx.Module, dataset: Dataset, metric: losses.Metric | None
-) -> None:
-    """Both networks' features must have one size, unless the logits are compared."""
+def _with_projector(student: nnx.Module, teacher: nnx.Module, dataset: Dataset, metric):
+    """The student, with a projector where what the metric compares has unequal sizes."""
     x = jnp.zeros((1, *dataset.train[0].shape[1:]))
-    sizes = [nnx.eval_shape(lambda m: m(x), m).features.shape[1] for m in (teacher, student)]
-    if metric is not None and metric.on == "features" and sizes[0] != sizes[1]:
-        raise UsageError(
-            f"the teacher has {sizes[0]} features and the student {sizes[1]}: choose networks "
-            f"with equal sizes, or --metric={metric.name}@logits"
-        )
+    mine, theirs = (nnx.eval_shape(lambda m: m(x), m) for m in (student, teacher))
+    terms = metric.metrics if isinstance(metric, losses.MetricSum) else (metric,)
+    dim = channels = None
+    for term in terms:
+        takes = inspect.signature(losses.METRICS[term.name].function).parameters
+        # Gromov-Wasserstein compares distances within each space, so sizes may differ.
+        if "z_s" in takes and term.on == "features" and term.name != "gw2":
+            size = theirs.features.shape[-1]
+            dim = size if mine.features.shape[-1] != size else None
+        if term.name == "wkd-f":  # its projector is part of the method, also at equal sizes
+            if not (mine.maps and theirs.maps):
+                raise UsageError("wkd-f compares convolutional maps, which an MLP does not have")
+            channels = theirs.maps[-1].shape[-1]
+    if dim is None and channels is None:
+        return student
+    if dim:
+        what = f"{mine.features.shape[-1]} features to the teacher's {dim}"
+    else:
+        what = f"last map to the teacher's {channels} channels"
+    print(f"A projector from the student's {what} is trained with it, and left out afterwards.")
+    return projected(student, dim, channels=channels)

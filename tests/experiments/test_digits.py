@@ -125,7 +125,11 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_pat
         (["--metric=w2@labels"], "on 'features' or on 'logits', not on 'labels'"),
         (["--teacher=resnt8"], "--teacher: unknown network 'resnt8'; nearest: resnet8"),
         (["--student=mlp-0"], "--student: widths must be positive"),
-        (["--student=mlp-8-16"], "the teacher has 64 features and the student 16"),
+        (["--metric=kd+w3", "--coef=1,1"], "unknown metric 'w3': did you mean"),
+        (["--metric=kd+cw2", "--coef=1"], "--coef needs 2 numbers for --metric=kd+cw2, got 1"),
+        (["--metric=wkd-f"], "wkd-f compares convolutional maps"),
+        (["--coef=much"], "--coef must be numbers >= 0, got 'much'"),
+        (["--per-class=3"], "--per-class 3 does not divide --batch-size 128"),
         (["--protocol=kdm"], "unknown protocol 'kdm': did you mean kd2m"),
         (["--coef=-1"], "--coef must be a number >= 0, got -1.0"),
         (["--coef=nan"], "--coef must be a number >= 0, got nan"),
@@ -174,6 +178,18 @@ def test_a_diverging_run_names_the_step(monkeypatch, capsys, tmp_path):
         )
     assert stop.value.code == 1
     assert "the loss is not finite at step" in capsys.readouterr().err
+
+
+def test_a_sum_of_metrics_with_a_projector(monkeypatch, capsys, tmp_path):
+    networks = ["--teacher=mlp-32-16", "--student=mlp-8-12", "--max-steps=3", "--per-class=4"]
+    sums = ["--metric=kd+cw2", "--coef=0.9,1e-3", "--task-coef=0.1"]
+    in_process(monkeypatch, f"--out={tmp_path / 'run'}", *networks, *sums)
+    assert "projector from the student's 12 features to the teacher's 16" in capsys.readouterr().out
+    last = read_metrics(tmp_path / "run")[-1]
+    kd, cw2 = (last[f"distillation_loss/{name}"] for name in ("kd", "cw2"))
+    assert last["distillation_loss"] == pytest.approx(0.9 * kd + 1e-3 * cw2, rel=1e-5)
+    total = 0.1 * last["task_loss"] + last["distillation_loss"]
+    assert last["loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_an_out_that_is_a_file(monkeypatch, capsys, tmp_path):
