@@ -9,7 +9,7 @@ disk. The teacher has five hidden layers, the student three; both end in 128 fea
 from experiments._common.cli import Distillation, Networks, Settings, Training, main
 
 DEFAULTS = Settings(
-    distillation=Distillation(metric="cw2", coef="1e-3"),
+    distillation=Distillation(metric="cw2", coef="1e-4"),
     networks=Networks(teacher="mlp-teacher", student="mlp-student"),
     training=Training(protocol="kd2m"),
 )

@@ -1,5 +1,6 @@
 """Checkpoints of a run: the last one to resume from, and the best one apart."""
 
+import logging
 import os
 import pathlib
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+_JSON = ocp.args.JsonRestore()
 
 
 class Checkpoints:
@@ -31,39 +34,55 @@ class Checkpoints:
         """Save a pytree and a JSON-able record as those of a step."""
         # Arrays under their place in the tree: a file that says what it holds, and no pytree
         # type of ours or of Flax's inside it.
+        named = _by_name(tree)
         args = ocp.args.Composite(
-            tree=ocp.args.StandardSave(_by_name(tree)), record=ocp.args.JsonSave(record)
+            tree=ocp.args.StandardSave(named),
+            record=ocp.args.JsonSave(record | {"arrays": _shapes(named)}),
         )
-        self._last.save(step, args=args)
-        if best:
+        # The best one first: killed in between, a resumed run comes to this epoch again and finds
+        # it there already, the same to the bit.
+        if best and step not in self._best.all_steps():
             self._best.save(step, args=args)
+        self._last.save(step, args=args)
 
     def restore(self, like: Any, *, best: bool = False) -> tuple[Any, dict] | None:
-        """The last (or best) pytree and record, or None where nothing was saved yet.
+        """The last (or best) pytree and record that can be read, or None where there is none.
 
-        ``like`` is a pytree of the same structure. A ValueError says so if the saved one differs.
+        ``like`` is a pytree of the same structure, on the devices where the result is to be. A
+        ValueError says so if the saved one is another; a damaged one is passed over, which is
+        logged, and removed.
         """
         manager = self._best if best else self._last
-        step = manager.latest_step()
-        if step is None:
-            return None
         named = _by_name(like)
-        try:
-            found = manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    tree=ocp.args.StandardRestore(jax.tree.map(_abstract, named)),
-                    record=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"the checkpoint in {manager.directory} is of another network or optimizer than "
-                "this run's: resume with the settings it was made with, or use another folder"
-            ) from error
-        leaves = [found["tree"][name] for name in named]
-        leaves = [_unpack(new, old) for new, old in zip(leaves, jax.tree.leaves(like), strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), found["record"]
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                record = manager.restore(step, args=ocp.args.Composite(record=_JSON))["record"]
+                known = record.pop("arrays")
+                same = known == _shapes(named)
+                if same:
+                    tree = ocp.args.StandardRestore(jax.tree.map(_abstract, named))
+                    found = manager.restore(step, args=ocp.args.Composite(tree=tree))["tree"]
+            except Exception as error:
+                logging.getLogger(__name__).warning(
+                    "the checkpoint of step %d in %s cannot be read (%s): the one before is used",
+                    step,
+                    manager.directory,
+                    type(error).__name__,
+                )
+                manager.delete(step)
+                continue
+            if not same:
+                raise ValueError(
+                    f"the checkpoint in {manager.directory} is of another network or optimizer "
+                    "than this run's: resume with the settings it was made with, or use another "
+                    "folder"
+                )
+            leaves = [
+                _unpack(found[name], old)
+                for name, old in zip(named, jax.tree.leaves(like), strict=True)
+            ]
+            return jax.tree.unflatten(jax.tree.structure(like), leaves), record
+        return None
 
     def close(self) -> None:
         """Release orbax's threads."""
@@ -90,4 +109,8 @@ def _unpack(new, old):
 
 
 def _abstract(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _shapes(named: dict[str, jax.Array]) -> dict[str, str]:
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in named.items()}

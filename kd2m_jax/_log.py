@@ -32,10 +32,11 @@ class Log:
 
     def add(self, step: int, epoch: int, metrics: dict[str, jax.Array]) -> None:
         """Take a step's metrics. They are read one step later, while the next one runs."""
-        self._settle()
+        self.settle()
         self._pending, self._at = metrics, (step, epoch)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Read the metrics still in flight; NonFiniteLoss if one's loss is not finite."""
         if self._pending is None:
             return
         # A sum of metrics reports its terms beside it.
@@ -53,7 +54,7 @@ class Log:
 
     def emit(self, scores: dict[str, float]) -> None:
         """Close the window and hand a record over."""
-        self._settle()
+        self.settle()
         if not self._window:
             return
         step, epoch = self._at

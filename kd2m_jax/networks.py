@@ -31,8 +31,8 @@ class Network(NamedTuple):
         dtype count.
       apply: ``(params, state, x, *, train, rng) -> (Outputs, new_state)``. ``rng`` feeds
         dropout and may be None where ``train`` is False.
-      export: ``(params, state) -> model``, the trained model as its users know it: an NNX module,
-        a Linen module's variables, or by default the pair itself.
+      export: ``(params, state) -> model``, the trained model as its users know it: an NNX module
+        in evaluation mode, a Linen module's variables, or by default the pair itself.
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -96,7 +96,9 @@ def from_nnx(module: nnx.Module) -> Network:
         return out, nnx.split(m, nnx.Param, nnx.RngState, ...)[3]
 
     def export(params, state):
-        return nnx.merge(graph, params, rngs, state, copy=True)
+        trained = nnx.merge(graph, params, rngs, state, copy=True)
+        trained.eval()  # what one does with a trained network first is use it
+        return trained
 
     return Network(init, apply, export)
 

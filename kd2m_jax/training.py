@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._batches import Arrays, Batches, steps_per_call
 from kd2m_jax._log import Log
@@ -25,9 +27,9 @@ class FitResult(NamedTuple):
     """What `fit` returns.
 
     Attributes:
-      student: the trained student: an NNX module for an NNX module, the dict of variables for a
-        Linen one, without the projector of `projected`; the pair ``(params, state)`` for a
-        `Network` of your own. The last epoch's.
+      student: the trained student: an NNX module, in evaluation mode, for an NNX module, the dict
+        of variables for a Linen one, without the projector of `projected`; the pair
+        ``(params, state)`` for a `Network` of your own. The last epoch's.
       best: the same, of the epoch with the best test accuracy (the last without ``eval_data``).
       history: the records that the callbacks got, oldest first.
       state: the final `TrainState`.
@@ -63,8 +65,9 @@ def fit(
 ) -> FitResult:
     """Train a student, alone or against a frozen teacher.
 
-    Arrays live on the device for the whole run; shuffling, gathering and ``preprocess`` run
-    inside the compiled step. The step runs under pmap over all local devices.
+    Arrays live on the device for the whole run: they are shuffled there once an epoch, and each
+    step gathers its batch and applies ``preprocess`` in the same program. The step runs under
+    pmap over all local devices.
 
     Args:
       student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
@@ -103,12 +106,15 @@ def fit(
 
     Raises:
       ValueError: epochs or batch_size below 1, a batch larger than the data or not divisible by
-        the number of devices, a teacher without a metric or the reverse.
+        the number of devices, a teacher without a metric or the reverse, a checkpoint of
+        another network.
+      TypeError: a model that is none of the three kinds.
       NonFiniteLoss: the loss became NaN or infinite; names the step.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
       >>> from kd2m_jax import fit, models
       >>> x = jax.random.normal(jax.random.key(0), (64, 4))
       >>> labels = (x[:, 0] > 0).astype(int)
@@ -128,10 +134,16 @@ def fit(
         raise ValueError("a teacher and a metric to compare with it come together: got only one")
     devices = list(devices or jax.local_devices())
     preprocess = preprocess or (lambda x, keys: x)
+    # Everything on every device once, rather than at each call.
+    everywhere = NamedSharding(Mesh(np.array(devices), (DEVICES,)), PartitionSpec())
+
+    def place(tree):
+        return jax.device_put(tree, everywhere)
+
     network = as_network(student)
     if teacher is not None:
-        teacher_variables = variables_of(teacher, teacher_variables)
-    batches = Batches(data, batch_size, seed, len(devices), per_class)
+        teacher_variables = place(variables_of(teacher, teacher_variables))
+    batches = Batches(data, batch_size, seed, len(devices), per_class, place)
     total = _total_steps(batches, epochs, max_steps)
     if optimizer is None:
         schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
@@ -146,11 +158,12 @@ def fit(
         axis=DEVICES,
     )
     step = _mapped(body, preprocess, devices)
-    per_call = 1 if max_steps else steps_per_call(devices[0], batches.steps_per_epoch)
+    per_call = 1 if max_steps else steps_per_call(devices[0], batches)
     sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
     state = init_state(
         network, optimizer, jnp.zeros(sample.shape, sample.dtype), key=jax.random.key(seed)
     )
+    state = place(state)
     evaluate = _evaluator(network, eval_data, preprocess)
     log = Log(callbacks, metric is not None and metric != "none", total)
 
@@ -164,7 +177,8 @@ def fit(
                 state, saved = found
                 epoch = saved["epoch"]
                 log.replay(saved["history"])
-                if found := checkpoints.restore(state, best=True):
+                found = checkpoints.restore(state, best=True)
+                if found and found[1]["epoch"] <= epoch:
                     best_variables = found[0].variables
         done = int(state.step)
         best = max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0)
@@ -179,6 +193,9 @@ def fit(
                 log.add(done, epoch + 1, metrics)
             epoch += 1
             scores = evaluate(state.variables)
+            if not all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(state.params)):
+                log.settle()  # a loss that was not finite before says more
+                raise NonFiniteLoss(f"the parameters are not finite after step {done}")
             log.emit(scores)
             is_best = not scores or scores["test_accuracy"] > best
             if is_best:
@@ -210,8 +227,9 @@ def _mapped(body, preprocess: Preprocess, devices):
 
     def one(state, teacher_variables, rows, arrays):
         x, labels = (a[rows] for a in arrays)
-        # One key an example, so that augmentation does not depend on the number of devices.
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+        # One key an example, so that augmentation does not depend on the number of devices. The
+        # step itself draws from the keys 0 and 1 that split() makes of the same one.
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
         return body(state, teacher_variables, (preprocess(x, keys), labels))
 

@@ -98,7 +98,8 @@ def loaded(code):
 @pytest.mark.parametrize("code", ["import kd2m_jax.losses", "from kd2m_jax import losses"])
 def test_losses_load_neither_flax_nor_orbax(code):
     packages = loaded(code)
-    assert {"jax", "ott"} <= packages
+    assert "jax" in packages
+    # Not by way of ott-jax either, which imports flax and matplotlib where they are installed.
     assert packages.isdisjoint({"flax", "orbax", *SHELL_ONLY})
 
 

@@ -1,6 +1,5 @@
 """The chain of the theorem: its six numbers, and their order whatever the clouds."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def assert_ordered(chain, *, lipschitz, slack=3e-4):
 
 @pytest.mark.parametrize("bandwidth", [0.3, 1.0, 3.0])
 def test_order_over_many_clouds(bandwidth):
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
         n, d = ((16, 3), (16, 24))[seed % 2]
         # From nearly equal to far apart, from tight to wide, and shifted or not.
@@ -74,11 +73,10 @@ def test_no_unit_norm_loss_has_a_larger_gap():
         assert abs(risks[0] - risks[1]) <= chain.gap
 
 
-def test_composes_and_refuses():
-    x = jnp.zeros((4, 2))
-    assert theory.bound(x, x + 1, bandwidth=1.0).gap.dtype == jnp.float32
-    stacked = jax.vmap(lambda a, b: theory.bound(a, b, bandwidth=1.0))(x[None], x[None] + 1)
-    assert stacked.w.shape == (1,)
+def test_types_and_mistakes():
+    x = jnp.zeros((16, 3))
+    measured = theory.bound(x.astype(jnp.bfloat16), x + 1, bandwidth=1.0)
+    assert {a.dtype for a in measured} == {jnp.dtype(jnp.float32)}
     with pytest.raises(ValueError, match="bandwidth must be > 0"):
         theory.bound(x, x, bandwidth=0.0)
     with pytest.raises(ValueError, match="same example"):

@@ -26,7 +26,10 @@ class RunFolder:
         self.path = pathlib.Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {path} is a file, not a folder")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {path} cannot be made: {error}") from error
         existing = self.path / "config.json"
         if resume and existing.exists():
             self._check_same(json.loads(existing.read_text()), config)

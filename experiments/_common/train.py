@@ -8,6 +8,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from experiments._common.cli import Distillation, Settings, UsageError, check, c
 from experiments._common.data import Dataset, load
 from experiments._common.folder import RunFolder
 from experiments._common.protocols import PROTOCOLS
-from kd2m_jax import FitResult, Network, fit, losses, models, projected
+from kd2m_jax import FitResult, Network, Outputs, fit, losses, models, projected
 
 LOG_EVERY = 10
 
@@ -52,7 +53,7 @@ def train_and_report(settings: Settings, dataset_name: str) -> None:
             teacher=teacher,
             metric=metric,
             # A sum of metrics has its terms' weights inside.
-            coef=1.0 if "+" in config["metric"] else float(config["coef"]),
+            coef=1.0 if "+" in config["metric"] else config["coef"][0],
             task_coef=config["task_coef"],
         )
     report.write(folder.path)
@@ -68,8 +69,8 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
     protocol = PROTOCOLS[t.protocol]
     return {
         "dataset": dataset.name,
-        "metric": d.metric,
-        "coef": d.coef,
+        "metric": d.metric.replace("_", "-").lower(),
+        "coef": list(coefficients(d)),
         "task_coef": d.task_coef,
         "teacher": n.teacher,
         "student": n.student,
@@ -147,17 +148,14 @@ def _metric(distillation: Distillation) -> losses.Metric | losses.MetricSum | No
 def _network(role: str, dataset: Dataset, config: dict) -> nnx.Module:
     """A network by its name, with random or pretrained weights."""
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[config["precision"]]
-    try:
-        network = models.build(
-            config[role],
-            num_classes=len(dataset.classes),
-            image_shape=dataset.train[0].shape[1:],
-            rngs=nnx.Rngs(config["seed"]),
-            stem=config["stem"],
-            dtype=dtype,
-        )
-    except ValueError as error:
-        raise UsageError(f"--{role}: {error}") from error
+    network = models.build(
+        config[role],
+        num_classes=len(dataset.classes),
+        image_shape=dataset.train[0].shape[1:],
+        rngs=nnx.Rngs(config["seed"]),
+        stem=config["stem"],
+        dtype=dtype,
+    )
     path = config[f"pretrained_{role}"]
     if path is None:
         return network
@@ -179,6 +177,12 @@ def _check_batch(config: dict, dataset: Dataset) -> None:
         )
     if config["per_class"] and size % config["per_class"]:
         raise UsageError(f"--per-class {config['per_class']} does not divide --batch-size {size}")
+    if run := config["per_class"]:
+        filled = sum(count // run * run for count in np.bincount(dataset.train[1]))
+        if filled < size:
+            raise UsageError(
+                f"--per-class {run} leaves {filled} images, fewer than --batch-size {size}"
+            )
     if size % devices:
         raise UsageError(f"--batch-size {size} does not split evenly over {devices} devices")
 
@@ -200,6 +204,7 @@ def _with_projector(student: nnx.Module, teacher: nnx.Module, dataset: Dataset, 
                 raise UsageError("wkd-f compares convolutional maps, which an MLP does not have")
             channels = theirs.maps[-1].shape[-1]
     if dim is None and channels is None:
+        _try_out(metric, mine, theirs)
         return student
     if dim:
         what = f"{mine.features.shape[-1]} features to the teacher's {dim}"
@@ -207,3 +212,12 @@ def _with_projector(student: nnx.Module, teacher: nnx.Module, dataset: Dataset, 
         what = f"last map to the teacher's {channels} channels"
     print(f"A projector from the student's {what} is trained with it, and left out afterwards.")
     return projected(student, dim, channels=channels)
+
+
+def _try_out(metric, student: Outputs, teacher: Outputs) -> None:
+    """Raise UsageError now for a metric that these networks do not suit."""
+    labels = jnp.zeros(1, int)
+    try:
+        jax.eval_shape(lambda s, t: metric(s, t, labels, key=jax.random.key(0)), student, teacher)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--metric={metric.label}: {error}") from error

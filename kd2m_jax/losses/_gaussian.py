@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import choice, clouds, loss, number
-from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, centred, everyone
+from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, centred, everyone, safe_sqrt
 
 COVARIANCES = ("full", "diagonal")
 DIRECTIONS = ("student_teacher", "teacher_student")
@@ -182,17 +182,11 @@ def _w2(z_s: jax.Array, z_t: jax.Array, groups: Groups, covariance: str) -> jax.
     means = groups.average(jnp.sum((mean_s - mean_t) ** 2, axis=1))
     if covariance == "diagonal":
         var_s, var_t = groups.mean((z_s - mean_s) ** 2), groups.mean((z_t - mean_t) ** 2)
-        gap = (_safe_sqrt(var_s) - _safe_sqrt(var_t)) ** 2
+        gap = (safe_sqrt(var_s) - safe_sqrt(var_t)) ** 2
         return means + groups.average(jnp.sum(gap, axis=1))
     x = (z_s - mean_s) * jnp.sqrt(groups.weight_s)[:, None]
     y = (z_t - mean_t) * jnp.sqrt(groups.weight_t)[:, None]
     return means + jnp.sum(x**2) + jnp.sum(y**2) - 2 * _nuclear_norm(x, y, groups)
-
-
-def _safe_sqrt(x: jax.Array) -> jax.Array:
-    """Square root whose gradient at 0 (a dead feature, a single sample) is 0, not infinite."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0 * x)
 
 
 def _nuclear_norm(x: jax.Array, y: jax.Array, groups: Groups) -> jax.Array:

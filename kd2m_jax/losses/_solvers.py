@@ -90,6 +90,9 @@ def sinkhorn_plan(
     cost, for the mean may be 500 times the optimum; at 1% of the dual bound below it is 0% to
     0.8% above, in 10 to 400 iterations. Over-relaxation by 1.5 from zero potentials overflows
     when a sample lies far out; from the dual solution, with epsilon annealed, it does not.
+    Where clusters differ in mass the dual bound is a fifth of the cost or less, epsilon is too
+    small for 2,000 iterations, and the value 5% to 73% too low (n 64 and 128); `ipot_plan`
+    raises its bound as it goes.
     """
     a, b = groups.weight_s, groups.weight_t
     dual = dual_start(cost, groups, epsilon)
@@ -110,7 +113,7 @@ def sinkhorn_plan(
     coupling = a[:, None] * jax.nn.softmax(kernel, axis=1)
     f = epsilon * (jnp.log(a) - logsumexp(kernel, axis=1))
     # With the mass at one, f and g are feasible duals: their value is second order in their error.
-    entropic = scale * (a @ f + b @ out.g)
+    entropic = scale * (jnp.sum(a * f) + jnp.sum(b * out.g))
     return TransportInfo(coupling, jnp.asarray(out.converged), jnp.asarray(out.n_iters)), entropic
 
 
@@ -127,7 +130,7 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
     over rows makes them feasible, so the gap between ``<P, C>`` and the dual value certifies the
     plan: the iteration ends with a gap below 0.1% and row sums off by less than 5e-4 in total.
     Measured as in `sinkhorn_plan`: within 0.1% of exact in 1 to 130 iterations, and in 110 to
-    1,430 where clusters of unequal mass let the first bound be a tenth of the optimum.
+    1,430 where clusters differ in mass.
     """
     a, b = groups.weight_s, groups.weight_t
     log_a, log_b = jnp.log(a), jnp.log(b)
@@ -135,7 +138,7 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
     # Reduced costs, zero where a pair is best: what is multiplied into the plan again and again
     # stays small where the mass is, and float32 keeps its digits.
     cost = (cost - dual.f[:, None] - dual.g[None, :]) / dual.scale
-    offset = (a @ dual.f + b @ dual.g) / dual.scale
+    offset = (jnp.sum(a * dual.f) + jnp.sum(b * dual.g)) / dual.scale
 
     def unfinished(state):
         _, _, _, error, gap, _, n_iters = state
@@ -154,7 +157,8 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
         log_plan += log_v[None, :]
         plan, g = jnp.exp(log_plan), g + step * log_v
         error = jnp.sum(jnp.abs(jnp.sum(plan, axis=1) - a))
-        dual_value = offset + a @ jnp.min(cost - g[None, :], axis=1) + b @ g
+        f = jnp.min(cost - g[None, :], axis=1)
+        dual_value = offset + jnp.sum(a * f) + jnp.sum(b * g)
         bound = jnp.maximum(bound, dual_value)
         gap = jnp.abs(offset + jnp.sum(groups.within(plan * cost)) - dual_value) / bound
         return log_plan, g, step, error, gap, bound, n_iters + 1

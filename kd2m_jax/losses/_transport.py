@@ -38,7 +38,9 @@ def w2(
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n (a bank of them, say).
       solver: "sinkhorn" (entropic, log domain, any n and m), "ipot" (inexact proximal point:
-        no entropic bias, any n and m) or "exact" (Hungarian, n = m).
+        no entropic bias, any n and m) or "exact" (Hungarian, n = m). Where clusters of the two
+        clouds differ in mass (other class frequencies, say), Sinkhorn may end unconverged and
+        far too low after 2,000 iterations; IPOT converges there.
       epsilon: > 0, the strength of the entropy, relative to a lower bound of the cost itself
         (the better of two dual solutions, at least 0.1% of the mean cost): 0.01 keeps the value
         within about 1% of the exact one, whatever the scale of the features. For "ipot" the

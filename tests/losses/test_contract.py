@@ -8,13 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from walk import batch, used
+from walk import batch, speed, used
 
 from kd2m_jax import losses
 
-metrics = pytest.mark.parametrize("name", losses.METRICS)
+metrics = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=speed(name)) for name in losses.METRICS]
+)
 KEY = jax.random.key(0)
 ARRAYS = ["z_s", "z_t", "maps_s", "maps_t", "logits_s", "logits_t", "labels"]
+
+
+@functools.cache
+def compiled(metric):
+    """Value and gradients with respect to both networks."""
+
+    def value(networks, labels):
+        return metric(*networks, labels, key=KEY)
+
+    return jax.jit(jax.value_and_grad(value))
 
 
 def arguments(function, student, teacher, labels):
@@ -100,17 +112,16 @@ def test_jit_is_eager_and_the_metric_is_the_function(name):
     direct = info.function(**given, **info.options)
     chex.assert_shape(direct, ())
     chex.assert_type(direct, jnp.float32)
-    # Plain tuples will do for Outputs; compiled inside a larger program, sums may be regrouped.
-    value = metric(tuple(student), tuple(teacher), labels, key=KEY)
-    compiled = jax.jit(functools.partial(metric, key=KEY))(student, teacher, labels)
-    assert value == direct
-    np.testing.assert_allclose(compiled, direct, rtol=1e-4)
+    assert metric(tuple(student), tuple(teacher), labels, key=KEY) == direct  # or plain tuples
+    # Compiled inside a larger program, sums may be regrouped.
+    value, _ = compiled(metric)((student, teacher), labels)
+    np.testing.assert_allclose(value, direct, rtol=1e-4)
 
 
 @metrics
 def test_gradients_reach_both_networks(name):
     metric, (student, teacher, labels) = losses.get_metric(name), batch()
-    grads = jax.grad(lambda networks: metric(*networks, labels, key=KEY))((student, teacher))
+    _, grads = compiled(metric)((student, teacher), labels)
     chex.assert_tree_all_finite(grads)
     for network in grads:
         for field in ("features", "logits", "maps"):
@@ -121,21 +132,20 @@ def test_gradients_reach_both_networks(name):
 @metrics
 def test_vmap_is_a_loop(name):
     metric = losses.get_metric(name)
-    batches = [batch(12, 6, seed=seed) for seed in range(2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-
-    def grad(student, teacher, labels):
-        return jax.value_and_grad(metric)(student, teacher, labels, key=KEY)
-
-    together = jax.jit(jax.vmap(grad))(*stacked)
-    alone = jax.jit(grad)
-    one_by_one = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[alone(*b) for b in batches])
+    batches = [batch(seed=seed) for seed in range(2)]
+    batches = [((student, teacher), labels) for student, teacher, labels in batches]
+    together = jax.vmap(compiled(metric))(*stack(batches))
+    one_by_one = stack([compiled(metric)(*b) for b in batches])
     # A batched loop runs on for the slower member, and products are summed in another order.
     chex.assert_trees_all_close(together, one_by_one, rtol=1e-3, atol=1e-5)
 
 
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 @metrics
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_computed_in_float32(name, dtype):
     metric, (student, teacher, labels) = losses.get_metric(name), batch()
     low = jax.tree.map(lambda a: a.astype(dtype), (student, teacher))
@@ -148,16 +158,18 @@ def test_half_precision_is_computed_in_float32(name, dtype):
 
 @metrics
 def test_compiled_once_a_shape(name):
-    metric, (student, teacher, labels) = losses.get_metric(name), batch()
+    metric, again, (student, teacher, labels) = *map(losses.get_metric, [name] * 2), batch()
     other = jax.tree.map(lambda a: a + 1, (student, teacher))
-
-    again = losses.get_metric(name)  # equal, so the same static argument
-    step = jax.jit(lambda m, s, t: m(s, t, labels, key=KEY), static_argnums=0)
     metric(student, teacher, labels, key=KEY)
-    step(metric, student, teacher)
     with jax.no_tracing(True):  # raises where anything is traced again
         again(*other, labels, key=KEY)
-        step(again, *other)
+
+
+def test_a_metric_is_a_static_argument():
+    metric, again = (losses.get_metric("jw2", beta=0.5, label_cost="kl") for _ in range(2))
+    student, teacher, _ = batch()
+    step = jax.jit(chex.assert_max_traces(lambda m, s, t: m(s, t), n=1), static_argnums=0)
+    np.testing.assert_array_equal(step(metric, student, teacher), step(again, student, teacher))
 
 
 def test_aux_describes_the_coupling():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from walk import VARIANTS, batch, label, used, variants
+from walk import VARIANTS, batch, label, speed, used, variants, walked
 
 from kd2m_jax import losses
 
@@ -19,9 +19,9 @@ SHAPES = {"n > d": (24, 8), "n < d": (24, 40)}
 # the shape does, so n < d is for the plain ones, of those that take features.
 shaped = pytest.mark.parametrize(
     ("name", "options", "shape"),
-    [pytest.param(*v, "n > d", id=label(*v)) for v in VARIANTS]
+    [pytest.param(*v, "n > d", id=label(*v), marks=speed(*v)) for v in VARIANTS]
     + [
-        pytest.param(name, {}, "n < d", id=label(name, {}, "n < d"))
+        pytest.param(name, {}, "n < d", id=label(name, {}, "n < d"), marks=speed(name))
         for name, info in losses.METRICS.items()
         if "z_s" in inspect.signature(info.function).parameters
     ],
@@ -321,7 +321,7 @@ def test_order_of_the_batch_does_not_matter(name, options, shape):
 TIGHT = [v for v in VARIANTS if v[0] in ("cw2", "gaussian-cw2")]
 
 
-@pytest.mark.parametrize(("name", "options"), [pytest.param(*v, id=label(*v)) for v in TIGHT])
+@pytest.mark.parametrize(("name", "options"), walked(TIGHT))
 @pytest.mark.parametrize("c", [1e-1, 1e-3])
 def test_a_tight_class_keeps_its_own_gradient(name, options, c):
     """Classes do not interact, so one that shrinks by c has c times the gradient it had."""
@@ -418,10 +418,7 @@ def test_one_bad_number_makes_the_value_non_finite(name, options):
     assert hidden == []
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [pytest.param(*v, id=label(*v), marks=pytest.mark.slow if v[1] else ()) for v in VARIANTS],
-)
+@variants
 def test_float64_stays_float64(name, options):
     metric = losses.get_metric(name, **options)
     *networks, labels = batch()

@@ -62,7 +62,7 @@ def gromov(x, y, start=None):
     return ot.gromov.gromov_wasserstein2(d_s, d_t, G0=start, max_iter=200)
 
 
-def sliced(x, y, projections=20_000, seed=0):
+def sliced(x, y, projections=5_000, seed=0):
     root = ot.sliced.sliced_wasserstein_distance(x, y, n_projections=projections, seed=seed)
     return root**2
 
