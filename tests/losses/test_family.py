@@ -14,6 +14,8 @@ from reference import family, oracles
 from kd2m_jax import Outputs, losses
 from kd2m_jax.losses._mmd import KERNELS
 
+pytestmark = pytest.mark.slow  # the fast tests are those of the paper's metrics
+
 kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 

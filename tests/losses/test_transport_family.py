@@ -12,6 +12,8 @@ from reference import oracles, transport
 
 from kd2m_jax import Outputs, losses
 
+pytestmark = pytest.mark.slow  # the fast tests are those of the paper's metrics
+
 kinds = pytest.mark.parametrize("kind", KINDS)
 KEY = jax.random.key(0)
 IPOT = (("solver", "ipot"),)
