@@ -97,7 +97,7 @@ def run_phase(
     **distillation,
 ) -> FitResult:
     """Train one network, with a progress bar, into the run folder."""
-    # per_class leaves a few examples out, so this may be a step or two more than there are.
+    # With per_class an epoch is a few steps shorter, for examples that do not fill a run.
     steps_per_epoch = len(dataset.train[0]) // config["batch_size"]
     optimizer = PROTOCOLS[config["protocol"]].optimizer(config["epochs"], steps_per_epoch)
     with tqdm(desc=report.TITLES[name], unit=" images", unit_scale=True) as bar:

@@ -1,4 +1,4 @@
-"""The one place where a loss is found by name: METRICS, get_metric, distillation_loss."""
+"""The one place where a loss is found by name: METRICS, get_metric, metric_sum."""
 
 import dataclasses
 import inspect
