@@ -1,7 +1,7 @@
 """Knowledge distillation by matching feature distributions, in JAX and Flax.
 
-Names are resolved when they are first used, so ``from kd2m_jax import losses`` loads jax and
-ott-jax but not flax.
+Names are resolved when they are first used, so ``from kd2m_jax import losses`` loads jax but
+not flax.
 """
 
 import importlib

@@ -159,9 +159,16 @@ class Metric:
         given = {p: available[p] for p in inspect.signature(function).parameters if p in available}
         missing = [p for p, value in given.items() if value is None]
         if missing:
-            raise ValueError(f"metric {self.name!r} needs {' and '.join(missing)}, and got none")
+            lacking = " and ".join(map(self._called, missing))
+            raise ValueError(f"metric {self.label!r} needs {lacking}, and got none")
         options = {k: v.array if isinstance(v, _Array) else v for k, v in self.options}
         return function(**given, **options)
+
+    def _called(self, parameter: str) -> str:
+        """What users call a loss's parameter: "the student's features" for z_s."""
+        stem, _, side = parameter.rpartition("_")
+        owner = {"s": "the student's", "t": "the teacher's"}.get(side)
+        return f"{owner} {self.on if stem == 'z' else stem}" if owner else parameter
 
 
 @dataclasses.dataclass(frozen=True)

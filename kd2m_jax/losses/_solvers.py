@@ -10,10 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
-from ott.geometry import epsilon_scheduler, geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import acceleration, sinkhorn
-from ott.tools import unreg
 
 from kd2m_jax.losses._groups import Groups
 
@@ -37,7 +33,7 @@ class Dual(NamedTuple):
 
     Attributes:
       f, g: ``[n]``, ``[m]``.
-      scale: scalar > 0, what epsilon is relative to.
+      scale: ``[n]`` or ``[1]``, > 0, what epsilon is relative to in the group of each sample.
     """
 
     f: jax.Array
@@ -48,6 +44,10 @@ class Dual(NamedTuple):
 def exact_plan(cost: jax.Array, groups: Groups, epsilon: float = 0.0) -> TransportInfo:
     """The Hungarian plan. Groups do not interact, so their weights do not change the pairing."""
     del epsilon  # it has none
+    with jax.ensure_compile_time_eval():  # see sinkhorn_plan
+        from ott.geometry import geometry
+        from ott.tools import unreg
+
     # The solver does not end on NaN; the value is NaN all the same, for it is taken from C.
     _, out = unreg.hungarian(geometry.Geometry(jnp.where(jnp.isnan(cost), 0, cost)))
     i, j = out.paired_indices
@@ -68,10 +68,13 @@ def dual_start(cost: jax.Array, groups: Groups, epsilon: float) -> Dual:
         (rows, jnp.min(cost - rows[:, None], axis=0)),
         (jnp.min(cost - columns[None, :], axis=1), columns),
     )
-    bounds = [a @ f + b @ g for f, g in duals]
+    # Groups do not interact, so each has its own scale: a tight class would be blurred by the
+    # others'. Their weights 1/K leave the mean cost within a group.
+    weight = groups.total(a)
+    bounds = [(groups.total(a * f) + groups.total(b * g)) / weight for f, g in duals]
     f, g = (jnp.where(bounds[0] > bounds[1], x, y) for x, y in zip(*duals, strict=True))
     pairs = groups.within(a[:, None] * b[None, :])
-    mean = jnp.sum(jnp.where(pairs > 0, pairs * cost, 0)) / jnp.sum(pairs)
+    mean = groups.total(jnp.sum(jnp.where(pairs > 0, pairs * cost, 0), axis=1)) / weight**2
     # Identical clouds bound the cost by zero, and identical points make even the mean zero.
     scale = jnp.maximum(jnp.maximum(*bounds), 1e-3 * mean)
     return Dual(f, g, jnp.maximum(scale, jnp.finfo(cost.dtype).tiny / epsilon))
@@ -94,9 +97,17 @@ def sinkhorn_plan(
     small for 2,000 iterations, and the value 5% to 73% too low (n 64 and 128); `ipot_plan`
     raises its bound as it goes.
     """
+    # ott-jax takes seconds to import, and brings flax and matplotlib where they are installed:
+    # not before it is used. That is while tracing, when a module's constants become tracers.
+    with jax.ensure_compile_time_eval():
+        from ott.geometry import epsilon_scheduler, geometry
+        from ott.problems.linear import linear_problem
+        from ott.solvers.linear import acceleration, sinkhorn
+
     a, b = groups.weight_s, groups.weight_t
     dual = dual_start(cost, groups, epsilon)
     scale = dual.scale if scale is None else scale
+    cost = cost / scale[:, None]
     schedule = epsilon_scheduler.Epsilon(target=epsilon, init=10.0, decay=0.8)
     solver = sinkhorn.Sinkhorn(
         threshold=5e-4,
@@ -105,15 +116,15 @@ def sinkhorn_plan(
         momentum=acceleration.Momentum(value=1.5),
         implicit_diff=None,
     )
-    problem = linear_problem.LinearProblem(geometry.Geometry(cost / scale, epsilon=schedule), a, b)
+    problem = linear_problem.LinearProblem(geometry.Geometry(cost, epsilon=schedule), a, b)
     with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it, whatever the caller set
         out = solver(problem, init=(dual.f / scale, dual.g / scale))
     # One last plain update of the rows: over-relaxation leaves the total mass slightly off one.
-    kernel = (out.g[None, :] - cost / scale) / epsilon
+    kernel = (out.g[None, :] - cost) / epsilon
     coupling = a[:, None] * jax.nn.softmax(kernel, axis=1)
     f = epsilon * (jnp.log(a) - logsumexp(kernel, axis=1))
     # With the mass at one, f and g are feasible duals: their value is second order in their error.
-    entropic = scale * (jnp.sum(a * f) + jnp.sum(b * out.g))
+    entropic = jnp.sum(scale * a * f) + jnp.sum(scale * b * out.g)
     return TransportInfo(coupling, jnp.asarray(out.converged), jnp.asarray(out.n_iters)), entropic
 
 
@@ -137,8 +148,8 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
     dual = dual_start(cost, groups, epsilon)
     # Reduced costs, zero where a pair is best: what is multiplied into the plan again and again
     # stays small where the mass is, and float32 keeps its digits.
-    cost = (cost - dual.f[:, None] - dual.g[None, :]) / dual.scale
-    offset = (jnp.sum(a * dual.f) + jnp.sum(b * dual.g)) / dual.scale
+    cost = (cost - dual.f[:, None] - dual.g[None, :]) / dual.scale[:, None]
+    offset = jnp.sum(a * dual.f / dual.scale) + jnp.sum(b * dual.g / dual.scale)
 
     def unfinished(state):
         _, _, _, error, gap, _, n_iters = state

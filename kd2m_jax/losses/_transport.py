@@ -127,6 +127,9 @@ def cw2(
     """
     z_s, z_t = clouds(z_s, z_t, paired=True)
     groups = by_class(labels, z_s.shape[0], z_s.dtype)
+    # Only distances within a class count, and a tight class may lie far from the others.
+    centre = jax.lax.stop_gradient((groups.mean(z_s) + groups.mean(z_t)) / 2)
+    z_s, z_t = z_s - centre, z_t - centre
     value, info = _transport(squared_distances, z_s, z_t, groups, solver, epsilon, debiased)
     return (value, info) if has_aux else value
 
@@ -219,8 +222,10 @@ def _label_cost(logits_s: jax.Array, logits_t: jax.Array, kind: str) -> jax.Arra
     log_s, log_t = jax.nn.log_softmax(logits_s), jax.nn.log_softmax(logits_t)
     p_t = jnp.exp(log_t)
     cost = -jnp.matmul(log_s, p_t.T, precision=HIGHEST)
-    # log_softmax is finite, so p log p is 0 where p underflows.
-    return cost if kind == "cross_entropy" else cost + jnp.sum(p_t * log_t, axis=1)[None, :]
+    # log_softmax is finite, so p log p is 0 where p underflows. An infinite logit makes it NaN,
+    # in the cross-entropy too, which alone would take the teacher's -inf for a probability.
+    negentropy = jnp.sum(p_t * log_t, axis=1)[None, :]
+    return cost + (0 * negentropy if kind == "cross_entropy" else negentropy)
 
 
 def _transport(
@@ -272,7 +277,7 @@ def _divergence(
         (-0.5, x, x, groups._replace(size_t=groups.size_s)),
         (-0.5, y, y, groups._replace(size_s=groups.size_t)),
     )
-    value, infos = jnp.zeros_like(scale), []
+    value, infos = jnp.zeros((), scale.dtype), []
     for weight, p, q, members in terms:
         cost = pair_costs(p, q)
         info, entropic = jax.lax.stop_gradient(

@@ -248,7 +248,7 @@ def test_errors_say_what_was_expected():
         (ValueError, r"labels must be in \[0, 1\)", lambda: cost(z, labels + 1, num_classes=1)),
         (ValueError, "class 1 has 0", lambda: cost(z, labels, num_classes=2)),
         (TypeError, "outside jit", lambda: jax.jit(lambda y: cost(z, y, num_classes=1))(labels)),
-        (ValueError, "needs maps_s and maps_t", lambda: losses.get_metric("nst")((z,), (z,))),
+        (ValueError, "needs the student's maps", lambda: losses.get_metric("nst")((z,), (z,))),
     ):
         with pytest.raises(error, match=message):
             call()
