@@ -114,7 +114,6 @@ def fit(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
       >>> from kd2m_jax import fit, models
       >>> x = jax.random.normal(jax.random.key(0), (64, 4))
       >>> labels = (x[:, 0] > 0).astype(int)

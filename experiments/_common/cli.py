@@ -137,13 +137,10 @@ def coefficients(distillation: Distillation) -> tuple[float, ...]:
 
 def check(settings: Settings) -> None:
     """Raise UsageError for what is wrong with the flags, before anything is loaded or made."""
-    from flax import nnx
-
     from experiments._common.protocols import PROTOCOLS
-    from kd2m_jax import models
     from kd2m_jax.losses._checks import did_you_mean
 
-    d, n, t, r = settings.distillation, settings.networks, settings.training, settings.run
+    d, t, r = settings.distillation, settings.training, settings.run
     if t.seed < 0:
         raise UsageError(f"--seed must be at least 0, got {t.seed}")
     for flag, values in (("--coef", coefficients(d)), ("--task-coef", (d.task_coef,))):
@@ -163,12 +160,3 @@ def check(settings: Settings) -> None:
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
-    for flag, name in (("--teacher", n.teacher), ("--student", n.student)):
-        try:  # its structure alone, on an image of any size
-            nnx.eval_shape(
-                lambda name=name: models.build(
-                    name, num_classes=10, image_shape=(32, 32, 3), rngs=nnx.Rngs(0)
-                )
-            )
-        except ValueError as error:
-            raise UsageError(f"{flag}: {error}") from error

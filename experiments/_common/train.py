@@ -26,6 +26,7 @@ LOG_EVERY = 10
 def train_and_report(settings: Settings, dataset_name: str) -> None:
     """Run the three phases into a run folder and print its table."""
     check(settings)
+    _check_networks(settings)
     metric = _metric(settings.distillation)
     dataset = load(dataset_name, settings.run.data_dir)
     config = configuration(settings, dataset)
@@ -143,6 +144,20 @@ def _metric(distillation: Distillation) -> losses.Metric | losses.MetricSum | No
         return metric
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _check_networks(settings: Settings) -> None:
+    """Raise UsageError for a network that does not exist, before any data is read."""
+    for role in ("teacher", "student"):
+        name = getattr(settings.networks, role)
+
+        def build(name=name):  # its structure alone, on an image of any size
+            return models.build(name, num_classes=10, image_shape=(32, 32, 3), rngs=nnx.Rngs(0))
+
+        try:
+            nnx.eval_shape(build)
+        except ValueError as error:
+            raise UsageError(f"--{role}: {error}") from error
 
 
 def _network(role: str, dataset: Dataset, config: dict) -> nnx.Module:

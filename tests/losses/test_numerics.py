@@ -274,7 +274,10 @@ def test_student_and_teacher_change_places(name, options):
     if law(metric).symmetric:
         value, (grad_s, grad_t) = run(metric, student, teacher, labels)
         swapped, (other_t, other_s) = run(metric, teacher, student, labels)
-        np.testing.assert_allclose(swapped, value, rtol=1e-5)
+        # A Gaussian W2 is a difference of terms as large as the clouds, so it is to their scale,
+        # not to its own, that float32 is exact.
+        scale = sum(float(jnp.sum(o.features**2)) for o in (student, teacher)) / len(labels)
+        np.testing.assert_allclose(swapped, value, rtol=1e-5, atol=1e-6 * scale)
         assert_close((grad_s, grad_t), (other_s, other_t), rtol=1e-3)
     elif "direction" in _parameters(metric) and not options.get("direction"):
         # The other direction of a divergence is the same one with its arguments exchanged.
