@@ -65,7 +65,7 @@ def w2(
     Example:
       >>> import jax.numpy as jnp
       >>> z_t = jnp.array([[0.0, 0.0], [4.0, 0.0]])
-      >>> z_s = z_t[::-1] + jnp.array([0.0, 1.0])  # the other way round, moved up by one
+      >>> z_s = z_t[::-1].at[:, 1].add(1.0)  # the other way round, moved up by one
       >>> print(f"{w2(z_s, z_t):.4f}")
       1.0000
 
