@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from kd2m_jax.step import init_state as init_state
     from kd2m_jax.step import make_eval_step as make_eval_step
     from kd2m_jax.step import make_train_step as make_train_step
+    from kd2m_jax.training import CheckpointError as CheckpointError
     from kd2m_jax.training import FitResult as FitResult
     from kd2m_jax.training import NonFiniteLoss as NonFiniteLoss
+    from kd2m_jax.training import Stopped as Stopped
     from kd2m_jax.training import fit as fit
 
 __version__ = "0.1.0"
@@ -33,8 +35,10 @@ _HOMES = {
     "Network": "networks",
     "Outputs": "outputs",
     "TrainState": "step",
+    "CheckpointError": "training",
     "FitResult": "training",
     "NonFiniteLoss": "training",
+    "Stopped": "training",
     "fit": "training",
     "from_linen": "networks",
     "from_nnx": "networks",

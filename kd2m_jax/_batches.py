@@ -1,5 +1,6 @@
 """Where `fit` takes its batches from."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
@@ -32,7 +33,7 @@ class Batches:
             if batch_size > len(x):
                 raise ValueError(f"batch_size {batch_size} is larger than the data ({len(x)})")
             self._arrays = place((x, labels))
-            self.steps_per_epoch = len(self._order(0)) // batch_size
+            self.steps_per_epoch = steps_per_epoch(labels, batch_size, per_class)
             if self.steps_per_epoch == 0:
                 raise ValueError(
                     f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
@@ -43,7 +44,7 @@ class Batches:
             if per_class is not None:
                 raise ValueError("per_class orders arrays; an iterable brings its own batches")
             self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
-            first = next(iter(data))[0]
+            first = _first_batch(data)
             if iter(data) is data:
                 raise ValueError(
                     "data is a generator, which can be read only once: pass something that can "
@@ -56,11 +57,14 @@ class Batches:
         """Whether these are arrays on the device."""
         return self._iterable is None
 
-    def epoch(self, epoch: int, steps: int):
-        """Pairs of row numbers ``[steps, devices, n / devices]`` and the arrays they index."""
+    def epoch(self, epoch: int, steps: int, skip: int = 0):
+        """Pairs of row numbers ``[steps, devices, n / devices]`` and the arrays they index.
+
+        The first ``skip`` steps of the epoch are passed over: a resumed run has done them.
+        """
         if self._iterable is not None:
-            empty = True
-            for x, labels in self._iterable:
+            empty = skip == 0
+            for x, labels in itertools.islice(iter(self._iterable), skip, None):
                 empty = False
                 yield self._split(jnp.arange(len(labels)), 1), (jnp.asarray(x), jnp.asarray(labels))
             if empty:
@@ -69,9 +73,11 @@ class Batches:
                 )
             return
         order = self._order(epoch)
-        size = steps * self._batch_size
-        for start in range(0, len(order) - self._batch_size + 1, size):
-            yield self._split(order[start : start + size], steps), self._arrays
+        total = len(order) // self._batch_size
+        for start in range(skip, total, steps):
+            stop = min(start + steps, total)
+            rows = order[start * self._batch_size : stop * self._batch_size]
+            yield self._split(rows, stop - start), self._arrays
 
     def _order(self, epoch: int) -> jax.Array:
         """The epoch's row numbers: shuffled, or in runs of ``per_class`` of one class."""
@@ -96,6 +102,23 @@ class Batches:
                 "devices"
             )
         return rows.reshape(steps, self._devices, -1)
+
+
+def steps_per_epoch(labels, batch_size: int, per_class: int | None) -> int:
+    """How many whole batches an epoch of arrays has, with ``per_class`` of whole runs."""
+    counts = np.unique(np.asarray(labels), return_counts=True)[1]
+    return int((counts - counts % (per_class or 1)).sum()) // batch_size
+
+
+def _first_batch(data: Iterable[Arrays]):
+    """The inputs of the first batch; ValueError where it is not ``(x, labels)``."""
+    first = next(iter(data), None)
+    if first is None:
+        raise ValueError("data gave no batch")
+    if hasattr(first, "shape") or len(first) != 2 or np.ndim(first[1]) != 1:
+        hint = ": pass two arrays as a tuple (x, labels)" if isinstance(data, list) else ""
+        raise ValueError(f"data must give batches (x, labels), labels [n]{hint}")
+    return first[0]
 
 
 def steps_per_call(device, batches: Batches) -> int:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from kd2m_jax._locks import CheckpointError
+
 _JSON = ocp.args.JsonRestore()
 
 
@@ -43,13 +45,15 @@ class Checkpoints:
         # it there already, the same to the bit.
         if best and step not in self._best.all_steps():
             self._best.save(step, args=args)
+        if step in self._last.all_steps():  # stopped at an epoch's last step, before its evaluation
+            self._last.delete(step)
         self._last.save(step, args=args)
 
     def restore(self, like: Any, *, best: bool = False) -> tuple[Any, dict] | None:
         """The last (or best) pytree and record that can be read, or None where there is none.
 
         ``like`` is a pytree of the same structure, on the devices where the result is to be. A
-        ValueError says so if the saved one is another; a damaged one is passed over, which is
+        CheckpointError says so if the saved one is another; a damaged one is passed over, which is
         logged, and removed.
         """
         manager = self._best if best else self._last
@@ -72,7 +76,7 @@ class Checkpoints:
                 manager.delete(step)
                 continue
             if not same:
-                raise ValueError(
+                raise CheckpointError(
                     f"the checkpoint in {manager.directory} is of another network or optimizer "
                     "than this run's: resume with the settings it was made with, or use another "
                     "folder"

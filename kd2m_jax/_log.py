@@ -68,9 +68,14 @@ class Log:
         for callback in self._callbacks:
             callback(record)
 
-    def replay(self, history: list[dict]) -> None:
-        """Hand the records of an earlier, interrupted run over again."""
-        self.history = list(history)
+    def state(self) -> dict:
+        """What `replay` takes: all records, and the steps since the last one."""
+        self.settle()
+        return {"history": self.history, "window": self._window}
+
+    def replay(self, history: list[dict], window: list[dict]) -> None:
+        """Hand the records of an earlier, interrupted run over again, marked as such."""
+        self.history, self._window = list(history), list(window)
         for record in history:
             for callback in self._callbacks:
-                callback(record)
+                callback(record | {"replayed": True})

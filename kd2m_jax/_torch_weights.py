@@ -69,7 +69,7 @@ def load_torch_weights(
       Traceback (most recent call last):
       FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file.safetensors'
     """
-    file = _download(str(path)) if str(path).startswith("hf:") else Path(path)
+    file = local_file(path)
     arrays = {
         name: array.transpose((2, 3, 1, 0)) if array.ndim == 4 else array.T
         for name, array in _read(file).items()
@@ -259,7 +259,11 @@ class _Unpickler(pickle.Unpickler):
         return pid
 
 
-def _download(name: str) -> Path:
+def local_file(path: str | os.PathLike) -> Path:
+    """Where the weights are, downloaded first if their name begins with ``hf:``."""
+    name = os.fspath(path)
+    if not name.startswith("hf:"):
+        return Path(path)
     try:
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:

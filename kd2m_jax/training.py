@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._batches import Arrays, Batches, steps_per_call
+from kd2m_jax._locks import CheckpointError as CheckpointError
+from kd2m_jax._locks import Stopped as Stopped
+from kd2m_jax._locks import locked, stop_requests
 from kd2m_jax._log import Log
 from kd2m_jax._log import NonFiniteLoss as NonFiniteLoss
 from kd2m_jax.losses import Metric, MetricSum
@@ -93,10 +97,11 @@ def fit(
         if unknown), ``loss``, ``task_loss`` (nats), ``train_accuracy``, with a teacher
         ``distillation_loss`` and ``coef`` (means since the last record), and at the end of an
         epoch with eval_data ``test_loss`` and ``test_accuracy`` (over all examples). The records
-        of a resumed run are handed over again, first.
+        of a resumed run are handed over again, first, with ``replayed: True``.
       log_every: steps from one record to the next.
-      checkpoint_dir: where to keep the last and the best checkpoint; a run that finds one there
-        continues from it, to the same result to the bit (CPU, same devices).
+      checkpoint_dir: where to keep the last and the best checkpoint, written after each epoch and
+        on SIGTERM; a run that finds one there continues from it, in the middle of an epoch if
+        need be, to the same result to the bit (CPU, same devices).
       seed: decides initialisation (of Linen students), order, augmentation and dropout.
       max_steps: stop after so many steps, for smoke runs.
       devices: the devices to run on; all local ones by default.
@@ -106,10 +111,12 @@ def fit(
 
     Raises:
       ValueError: epochs or batch_size below 1, a batch larger than the data or not divisible by
-        the number of devices, a teacher without a metric or the reverse, a checkpoint of
-        another network.
+        the number of devices, a teacher without a metric or the reverse; CheckpointError, which
+        is one, for a checkpoint of another network or a folder in use by another process.
       TypeError: a model that is none of the three kinds.
       NonFiniteLoss: the loss became NaN or infinite; names the step.
+      Stopped: with a checkpoint folder, on SIGTERM: the step is finished and saved first. A
+        SystemExit of status 143, so a program that does not catch it ends there.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -134,7 +141,8 @@ def fit(
     devices = list(devices or jax.local_devices())
     preprocess = preprocess or (lambda x, keys: x)
     # Everything on every device once, rather than at each call.
-    everywhere = NamedSharding(Mesh(np.array(devices), (DEVICES,)), PartitionSpec())
+    mesh = Mesh(np.array(devices), (DEVICES,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(tree):
         return jax.device_put(tree, everywhere)
@@ -163,47 +171,62 @@ def fit(
         network, optimizer, jnp.zeros(sample.shape, sample.dtype), key=jax.random.key(seed)
     )
     state = place(state)
-    evaluate = _evaluator(network, eval_data, preprocess)
+    evaluate = _evaluator(network, eval_data, preprocess, mesh)
     log = Log(callbacks, metric is not None and metric != "none", total)
 
-    checkpoints, best_variables, epoch = None, state.variables, 0
+    checkpoints, best_variables, epoch, position = None, state.variables, 0, 0
     with contextlib.ExitStack() as stack:
+        stopping = lambda: False  # noqa: E731
         if checkpoint_dir is not None:
             from kd2m_jax._checkpoints import Checkpoints  # orbax takes a second to import
 
+            stack.enter_context(locked(pathlib.Path(checkpoint_dir) / ".lock"))
+            stopping = stack.enter_context(stop_requests())
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(checkpoint_dir)))
             if found := checkpoints.restore(state):
                 state, saved = found
-                epoch = saved["epoch"]
-                log.replay(saved["history"])
+                epoch, position = saved["epoch"], saved["position"]
+                log.replay(saved["history"], saved["window"])
                 found = checkpoints.restore(state, best=True)
                 if found and found[1]["epoch"] <= epoch:
                     best_variables = found[0].variables
         done = int(state.step)
         best = max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0)
+
+        def save(is_best):
+            if checkpoints:
+                where = {"epoch": epoch, "position": position}
+                checkpoints.save(done, state, where | log.state(), best=is_best)
+
         while epoch < epochs and (max_steps is None or done < max_steps):
-            for rows, arrays in batches.epoch(epoch, per_call):
-                if max_steps is not None and done >= max_steps:
+            whole = True
+            for rows, arrays in batches.epoch(epoch, per_call, skip=position):
+                whole = max_steps is None or done < max_steps
+                if not whole:
                     break
                 if log.waiting >= log_every:  # an epoch's last steps wait for its evaluation
                     log.emit({})
                 state, metrics = step(state, teacher_variables, rows, arrays)
-                done += per_call
+                done, position = done + len(rows), position + len(rows)
                 log.add(done, epoch + 1, metrics)
-            epoch += 1
+                if stopping():
+                    log.settle()  # a loss that is not finite is not saved
+                    save(False)
+                    raise Stopped(143)
             scores = evaluate(state.variables)
             if not all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(state.params)):
                 log.settle()  # a loss that was not finite before says more
                 raise NonFiniteLoss(f"the parameters are not finite after step {done}")
             log.emit(scores)
+            if whole:
+                epoch, position = epoch + 1, 0
             is_best = not scores or scores["test_accuracy"] > best
             if is_best:
                 best = scores.get("test_accuracy", best)
                 best_variables = jax.tree.map(jnp.array, state.variables)  # the next step donates
-            if checkpoints:
-                checkpoints.save(
-                    done, state, {"epoch": epoch, "history": log.history}, best=is_best
-                )
+            save(is_best)
+        if stopping():
+            raise Stopped(143)
     last, best_one = (network.export(*v) for v in (state.variables, best_variables))
     return FitResult(last, best_one, log.history, state)
 
@@ -255,16 +278,19 @@ def _total_steps(batches: Batches, epochs: int, max_steps: int | None) -> int | 
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess):
+def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, mesh: Mesh):
     """A function of variables: accuracy and loss over all examples, or nothing without data."""
     if data is None:
         return lambda variables: {}
     x, labels = (jnp.asarray(a) for a in data)
-    # One shape for all batches, the last one padded with labels that do not count.
-    size = min(len(x), 500)
+    # One shape for all batches, split over the devices; the last one is padded with labels that
+    # do not count.
+    size = -(-min(len(x), 500) // mesh.size) * mesh.size
     padding = -len(x) % size
     x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
     labels = jnp.concatenate([labels.astype(jnp.int32), jnp.full(padding, -1, jnp.int32)])
+    split = NamedSharding(mesh, PartitionSpec(None, DEVICES))
+    x, labels = (jax.device_put(a.reshape(-1, size, *a.shape[1:]), split) for a in (x, labels))
     prepared = Network(
         network.init,
         lambda params, state, x, **options: network.apply(
@@ -274,10 +300,7 @@ def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess):
     eval_step = make_eval_step(prepared)
 
     def evaluate(variables):
-        parts = [
-            eval_step(variables, (x[i : i + size], labels[i : i + size]))
-            for i in range(0, len(x), size)
-        ]
+        parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
         sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
         return {
             "test_loss": sums["loss"] / sums["count"],

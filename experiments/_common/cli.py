@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar
@@ -110,16 +112,29 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
         description=description,
     )
     from experiments._common.data import DataError
-    from kd2m_jax import NonFiniteLoss
+    from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
 
+    _keep_compiled_programs()
     try:
         run(settings)
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, CheckpointError) as error:
         sys.exit(_fail(error, 2))
+    except Stopped as stopped:
+        sys.exit(_fail("stopped and saved; the same command with --resume continues", stopped.code))
     except NonFiniteLoss as error:
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
         sys.exit(_fail("stopped; the same command with --resume continues", 130))
+
+
+def _keep_compiled_programs() -> None:
+    """XLA's programs on disk, where JAX_COMPILATION_CACHE_DIR says or in the user's cache."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "kd2m_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # its own: 1
 
 
 def _fail(message: object, status: int) -> int:

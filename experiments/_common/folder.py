@@ -1,5 +1,6 @@
 """The folder that a run leaves: configuration, environment, metrics, events, checkpoints."""
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 from tensorboardX import SummaryWriter
 
 from experiments._common.cli import UsageError
+from kd2m_jax._locks import locked
 
 OURS = ("config.json", "env.json", "metrics.jsonl", "report.md", "curves.png")
 OUR_FOLDERS = ("checkpoints", "tensorboard")
@@ -24,12 +26,6 @@ class RunFolder:
 
     def __init__(self, path: str | pathlib.Path, config: dict, *, resume: bool):
         self.path = pathlib.Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out {path} is a file, not a folder")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {path} cannot be made: {error}") from error
         existing = self.path / "config.json"
         if resume and existing.exists():
             self._check_same(json.loads(existing.read_text()), config)
@@ -37,6 +33,20 @@ class RunFolder:
             self._set_aside()
         _write_json(existing, config)
         self.checkpoints = self.path / "checkpoints"
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, path: str | pathlib.Path, config: dict, *, resume: bool):
+        """The folder, held against other processes as long as the context lasts."""
+        path = pathlib.Path(path)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--out {path} is a file, not a folder")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {path} cannot be made: {error}") from error
+        with locked(path / ".lock"):
+            yield cls(path, config, resume=resume)
 
     def _check_same(self, old: dict, new: dict) -> None:
         changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -64,7 +74,22 @@ class RunFolder:
         """Versions and machine, what may explain a difference between two runs."""
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         host = {"python": platform.python_version(), "machine": platform.machine()}
-        _write_json(self.path / "env.json", {**host, "packages": versions, **more})
+        env = {**host, "packages": versions, **more}
+        if (self.path / "env.json").exists():
+            before = json.loads((self.path / "env.json").read_text())
+            speed, earlier = before.pop("images_per_second"), before.pop("earlier", [])
+            env |= {"images_per_second": speed}
+            if changed := {k: v for k, v in before.items() if env[k] != v}:
+                earlier = [*earlier, changed]
+            if earlier:
+                env |= {"earlier": earlier}
+        _write_json(self.path / "env.json", {"images_per_second": {}, **env})
+
+    def write_speed(self, phase: str, images_per_second: float) -> None:
+        """How fast a phase trained, evaluations included, compilation not."""
+        env = json.loads((self.path / "env.json").read_text())
+        env["images_per_second"][phase] = round(images_per_second)
+        _write_json(self.path / "env.json", env)
 
     def phase(self, name: str):
         """A callback that writes a phase's records, in the place of what it wrote before."""
@@ -79,10 +104,11 @@ class RunFolder:
         writer = SummaryWriter(str(events))
 
         def write(record: dict) -> None:
-            line = {"phase": name, **{k: v for k, v in record.items() if k != "steps"}}
+            told = {k: v for k, v in record.items() if k not in ("steps", "replayed")}
+            line = {"phase": name, **told}
             with file.open("a") as out:
                 out.write(json.dumps(line) + "\n")
-            for key in record.keys() - {"step", "steps", "epoch"}:
+            for key in told.keys() - {"step", "epoch"}:
                 writer.add_scalar(key, record[key], record["step"])
             if "test_accuracy" in record:
                 writer.flush()

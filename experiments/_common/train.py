@@ -4,7 +4,9 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,14 @@ from tqdm import tqdm
 
 from experiments._common import report
 from experiments._common.augment import preprocess
-from experiments._common.cli import Distillation, Settings, UsageError, check, coefficients
+from experiments._common.cli import Settings, UsageError, check, coefficients
 from experiments._common.data import Dataset, load
 from experiments._common.folder import RunFolder
 from experiments._common.protocols import PROTOCOLS
 from kd2m_jax import FitResult, Network, Outputs, fit, losses, models, projected
+from kd2m_jax._batches import steps_per_epoch
+from kd2m_jax._locks import locked
+from kd2m_jax._torch_weights import local_file
 
 LOG_EVERY = 10
 
@@ -26,42 +31,58 @@ LOG_EVERY = 10
 def train_and_report(settings: Settings, dataset_name: str) -> None:
     """Run the three phases into a run folder and print its table."""
     check(settings)
-    _check_networks(settings)
-    metric = _metric(settings.distillation)
-    dataset = load(dataset_name, settings.run.data_dir)
+    check_names(settings)
+    path = distil(settings, load(dataset_name, settings.run.data_dir))
+    print(f"\n{report.text_table(path)}\n\nReport: {path / 'report.md'}")
+
+
+def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = None) -> pathlib.Path:
+    """Train teacher, student alone and distilled student; returns the run folder.
+
+    ``alone`` is where the checkpoints of the student alone are kept, if not in the run folder: a
+    table trains it once for all metrics.
+    """
     config = configuration(settings, dataset)
+    metric = _metric(config)
     teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
     config["parameters"] = {"teacher": _parameters(teacher), "student": _parameters(student)}
     _check_batch(config, dataset)
     distilled = student if metric is None else _with_projector(student, teacher, dataset, metric)
-    out = settings.run.out or f"runs/{dataset_name}-{config['metric']}-{config['seed']}"
-    folder = RunFolder(out, config, resume=settings.run.resume)
-    folder.write_environment(
-        devices=[d.device_kind for d in jax.local_devices()], backend=jax.default_backend()
-    )
-    phase = functools.partial(run_phase, folder, config, dataset)
-
-    teacher_id = {k: v for k, v in config.items() if k not in _NOT_THE_TEACHERS}
-    digest = hashlib.sha256(json.dumps(teacher_id, sort_keys=True).encode()).hexdigest()[:12]
-    cache = folder.path.parent / "teachers" / f"{dataset_name}-{config['teacher']}-{digest}"
-    teacher = phase("teacher", teacher, cache).student
-    phase("student", student, folder.checkpoints / "student")
-    if metric is not None:
-        phase(
-            "distilled",
-            distilled,
-            folder.checkpoints / "distilled",
-            teacher=teacher,
-            metric=metric,
-            # A sum of metrics has its terms' weights inside.
-            coef=1.0 if "+" in config["metric"] else config["coef"][0],
-            task_coef=config["task_coef"],
+    out = settings.run.out or f"runs/{dataset.name}-{config['metric']}-{config['seed']}"
+    with RunFolder.opened(out, config, resume=settings.run.resume) as folder:
+        folder.write_environment(
+            devices=[d.device_kind for d in jax.local_devices()], backend=jax.default_backend()
         )
-    report.write(folder.path)
-    print(f"\n{report.text_table(folder.path)}\n\nReport: {folder.path / 'report.md'}")
+        phase = functools.partial(run_phase, folder, config, dataset)
+        cache = folder.path.parent / "teachers" / teacher_name(config)
+        with locked(cache / ".training", waiting=print):  # several runs share a teacher
+            trained = phase("teacher", teacher, cache).student
+        phase("student", student, alone or folder.checkpoints / "student")
+        if metric is not None:
+            phase(
+                "distilled",
+                distilled,
+                folder.checkpoints / "distilled",
+                teacher=trained,
+                metric=metric,
+                # A sum of metrics has its terms' weights inside.
+                coef=1.0 if isinstance(metric, losses.MetricSum) else config["coef"][0],
+                task_coef=config["task_coef"],
+            )
+        report.write(folder.path)
+    return folder.path
 
 
-_NOT_THE_TEACHERS = ("metric", "coef", "task_coef", "student", "pretrained_student", "parameters")
+_TEACHERS = ("dataset", "data_sha256", "teacher", "stem", "pretrained_teacher", "teacher_sha256")
+_TEACHERS += ("protocol", "optimizer", "epochs", "batch_size", "per_class", "precision", "seed")
+_TEACHERS += ("max_steps",)
+
+
+def teacher_name(config: dict) -> str:
+    """A teacher's folder in the cache: its name and the hash of all that made it."""
+    made_of = json.dumps({key: config[key] for key in _TEACHERS})
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    return f"{config['dataset']}-{config['teacher']}-{digest}"
 
 
 def configuration(settings: Settings, dataset: Dataset) -> dict:
@@ -70,6 +91,7 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
     protocol = PROTOCOLS[t.protocol]
     return {
         "dataset": dataset.name,
+        "data_sha256": _sha256(*(a.tobytes() for a in (*dataset.train, *dataset.test))),
         "metric": d.metric.replace("_", "-").lower(),
         "coef": list(coefficients(d)),
         "task_coef": d.task_coef,
@@ -77,8 +99,11 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
         "student": n.student,
         "stem": n.stem,
         "pretrained_teacher": n.pretrained_teacher,
+        "teacher_sha256": _file_sha256("teacher", n.pretrained_teacher),
         "pretrained_student": n.pretrained_student,
+        "student_sha256": _file_sha256("student", n.pretrained_student),
         "protocol": t.protocol,
+        "optimizer": protocol.summary,
         "epochs": t.epochs or protocol.epochs,
         "batch_size": t.batch_size or protocol.batch_size,
         "per_class": t.per_class,
@@ -86,6 +111,23 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
         "seed": t.seed,
         "max_steps": settings.run.max_steps,
     }
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _file_sha256(role: str, path: str | None) -> str | None:
+    """Of torch weights, fetched first where they are on a hub."""
+    if path is None:
+        return None
+    try:
+        return _sha256(local_file(path).read_bytes())
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(f"--pretrained-{role}: {error}") from error
 
 
 def run_phase(
@@ -98,56 +140,76 @@ def run_phase(
     **distillation,
 ) -> FitResult:
     """Train one network, with a progress bar, into the run folder."""
-    # With per_class an epoch is a few steps shorter, for examples that do not fill a run.
-    steps_per_epoch = len(dataset.train[0]) // config["batch_size"]
-    optimizer = PROTOCOLS[config["protocol"]].optimizer(config["epochs"], steps_per_epoch)
-    with tqdm(desc=report.TITLES[name], unit=" images", unit_scale=True) as bar:
-        return fit(
+    per_epoch = steps_per_epoch(dataset.train[1], config["batch_size"], config["per_class"])
+    steps = min(config["epochs"] * per_epoch, config["max_steps"] or math.inf)
+    images = int(steps) * config["batch_size"]
+    with tqdm(desc=report.TITLES[name], total=images, unit=" images", unit_scale=True) as bar:
+        progress = Progress(bar, config["batch_size"])
+        result = fit(
             network,
             dataset.train,
             eval_data=dataset.test,
             preprocess=preprocess(dataset),
-            optimizer=optimizer,
+            optimizer=PROTOCOLS[config["protocol"]].optimizer(config["epochs"], per_epoch),
             epochs=config["epochs"],
             batch_size=config["batch_size"],
             per_class=config["per_class"],
             seed=config["seed"],
             max_steps=config["max_steps"],
             log_every=LOG_EVERY,
-            callbacks=[folder.phase(name), _progress(bar, config["batch_size"])],
+            callbacks=[folder.phase(name), progress],
             checkpoint_dir=checkpoint_dir,
             **distillation,
         )
+    if speed := progress.images_per_second():
+        folder.write_speed(name, speed)
+    return result
 
 
-def _progress(bar: tqdm, batch_size: int):
-    scores = {}
+class Progress:
+    """Moves a bar; what an interrupted run had done counts as done, not as speed."""
 
-    def update(record: dict) -> None:
-        bar.total = record["steps"] * batch_size
-        scores.update(loss=f"{record['loss']:.3f}")
+    def __init__(self, bar: tqdm, batch_size: int):
+        self._bar, self._batch_size = bar, batch_size
+        self._scores, self._marks = {}, []
+
+    def __call__(self, record: dict) -> None:
+        """A callback of `kd2m_jax.fit`."""
+        bar, images = self._bar, record["step"] * self._batch_size
+        self._scores["loss"] = f"{record['loss']:.3f}"
         if "test_accuracy" in record:
-            scores.update(test=f"{100 * record['test_accuracy']:.1f}%")
-        bar.set_postfix(scores, refresh=False)
-        bar.update(record["step"] * batch_size - bar.n)
+            self._scores["test"] = f"{100 * record['test_accuracy']:.1f}%"
+        bar.set_postfix(self._scores, refresh=False)
+        if record.get("replayed"):
+            bar.initial = bar.n = images
+            return
+        bar.update(images - bar.n)
+        self._marks.append((time.perf_counter(), images))
 
-    return update
+    def images_per_second(self) -> float | None:
+        """From the first record, so without compilation, to the last; evaluations included."""
+        if len(self._marks) < 2:
+            return None
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (end - start)
 
 
-def _metric(distillation: Distillation) -> losses.Metric | losses.MetricSum | None:
-    if distillation.metric == "none":
+def _metric(config: dict) -> losses.Metric | losses.MetricSum | None:
+    if config["metric"] == "none":
         return None
+    metric = losses.get_metric(config["metric"])
+    if isinstance(metric, losses.MetricSum):
+        return losses.metric_sum(metric.metrics, config["coef"])
+    return metric
+
+
+def check_names(settings: Settings) -> None:
+    """Raise UsageError for a metric or network that does not exist, before any data is read."""
     try:
-        metric = losses.get_metric(distillation.metric)
-        if isinstance(metric, losses.MetricSum):
-            return losses.metric_sum(metric.metrics, coefficients(distillation))
-        return metric
+        if settings.distillation.metric != "none":
+            losses.get_metric(settings.distillation.metric)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _check_networks(settings: Settings) -> None:
-    """Raise UsageError for a network that does not exist, before any data is read."""
     for role in ("teacher", "student"):
         name = getattr(settings.networks, role)
 
