@@ -71,11 +71,12 @@ class Log:
     def state(self) -> dict:
         """What `replay` takes: all records, and the steps since the last one."""
         self.settle()
-        return {"history": self.history, "window": self._window}
+        return {"history": self.history, "window": self._window, "at": self._at}
 
-    def replay(self, history: list[dict], window: list[dict]) -> None:
+    def replay(self, state: dict) -> None:
         """Hand the records of an earlier, interrupted run over again, marked as such."""
-        self.history, self._window = list(history), list(window)
-        for record in history:
+        self.history, self._window = list(state["history"]), list(state["window"])
+        self._at = tuple(state["at"])
+        for record in self.history:
             for callback in self._callbacks:
                 callback(record | {"replayed": True})

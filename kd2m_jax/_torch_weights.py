@@ -120,7 +120,7 @@ def _misfits(file: dict[str, tuple], model: dict[str, tuple]) -> list[str]:
     ]
     if "conv1.weight" in misshapen and file["conv1.weight"][0] != model["conv1.weight"][0]:
         stem = "imagenet" if file["conv1.weight"][0] == 7 else "cifar"
-        problems.append(f'for this stem, make the model with stem="{stem}"')
+        problems.append(f'for this stem, make the model with stem="{stem}" (--stem={stem})')
     if "fc.weight" in misshapen:
         problems.append("for other classes, replace_head=True keeps the model's own head")
     return problems

@@ -186,7 +186,7 @@ def fit(
             if found := checkpoints.restore(state):
                 state, saved = found
                 epoch, position = saved["epoch"], saved["position"]
-                log.replay(saved["history"], saved["window"])
+                log.replay(saved)
                 found = checkpoints.restore(state, best=True)
                 if found and found[1]["epoch"] <= epoch:
                     best_variables = found[0].variables

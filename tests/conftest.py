@@ -1,6 +1,7 @@
 """Settings that must stand before JAX starts: the CPU, seen as four devices."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Unoptimised machine code (XLA's own passes stay): compiling is most of what the tests do, and
@@ -12,6 +13,11 @@ os.environ.setdefault(
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
+
+# Only after the import: for the experiments that tests start as processes of their own, which
+# would keep their programs in the user's home.
+programs = tempfile.TemporaryDirectory(prefix="kd2m-jax-programs-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
 
 # Broadcasting [n] against [n, d] by accident is the commonest mistake in a loss.
 jax.config.update("jax_numpy_rank_promotion", "raise")

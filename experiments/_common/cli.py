@@ -111,10 +111,10 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
         prog=f"python -m {module}",
         description=description,
     )
+    _keep_compiled_programs()
     from experiments._common.data import DataError
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
 
-    _keep_compiled_programs()
     try:
         run(settings)
     except (UsageError, DataError, CheckpointError) as error:
@@ -128,13 +128,10 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
 
 
 def _keep_compiled_programs() -> None:
-    """XLA's programs on disk, where JAX_COMPILATION_CACHE_DIR says or in the user's cache."""
-    import jax
-
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "kd2m_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # its own: 1
+    """Tell JAX, before it is imported, to keep XLA's programs in the user's cache."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "kd2m_jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def _fail(message: object, status: int) -> int:

@@ -79,11 +79,20 @@ def write(path: str | pathlib.Path) -> None:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in {**env, **env["packages"]}.items()
-          if name != "packages"),
+        *(f"| {name} | {value} |" for name, value in _environment(env)),
         "",
-    ]  # fmt: skip
+    ]
     (path / "report.md").write_text("\n".join(out))
+
+
+def _environment(env: dict):
+    """The lines of env.json, flat."""
+    flat = {k: v for k, v in env.items() if k not in ("packages", "images_per_second", "earlier")}
+    yield from {**flat, **env["packages"]}.items()
+    for phase, speed in env["images_per_second"].items():
+        yield f"images/s, {TITLES[phase]}, evaluations included", f"{speed:,}"
+    for other in env.get("earlier", []):
+        yield "begun with", ", ".join(f"{name} {value}" for name, value in other.items())
 
 
 def _curves(path: pathlib.Path) -> None:

@@ -59,6 +59,7 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
             trained = phase("teacher", teacher, cache).student
         phase("student", student, alone or folder.checkpoints / "student")
         if metric is not None:
+            metric = _with_class_cost(metric, trained, dataset)
             phase(
                 "distilled",
                 distilled,
@@ -208,7 +209,7 @@ def check_names(settings: Settings) -> None:
     try:
         if settings.distillation.metric != "none":
             losses.get_metric(settings.distillation.metric)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     for role in ("teacher", "student"):
         name = getattr(settings.networks, role)
@@ -289,6 +290,23 @@ def _with_projector(student: nnx.Module, teacher: nnx.Module, dataset: Dataset, 
         what = f"last map to the teacher's {channels} channels"
     print(f"A projector from the student's {what} is trained with it, and left out afterwards.")
     return projected(student, dim, channels=channels)
+
+
+def _with_class_cost(metric, teacher: nnx.Module, dataset: Dataset):
+    """wkd-l with the costs that the trained teacher's features give, which it is defined with."""
+    if isinstance(metric, losses.MetricSum):
+        terms = [_with_class_cost(term, teacher, dataset) for term in metric.metrics]
+        return losses.metric_sum(terms, metric.weights)
+    if metric.name != "wkd-l":
+        return metric
+    images, labels = dataset.train
+    prepare = preprocess(dataset)
+    features_of = nnx.jit(lambda net, x: net(prepare(x, None)).features)
+    features = [features_of(teacher, images[i : i + 500]) for i in range(0, len(images), 500)]
+    cost = losses.class_cost_matrix(
+        jnp.concatenate(features), labels, num_classes=len(dataset.classes)
+    )
+    return losses.get_metric("wkd-l", **{**dict(metric.options), "class_cost": cost})
 
 
 def _try_out(metric, student: Outputs, teacher: Outputs) -> None:

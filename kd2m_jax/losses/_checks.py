@@ -45,14 +45,14 @@ def loss(fn: F) -> F:
 
 def number(name: str, value: float, *, positive: bool = True) -> float:
     """Raise ValueError unless value is a positive (or, on request, non-negative) number."""
-    if not (value > 0 or (not positive and value == 0)):
+    if isinstance(value, str) or not (value > 0 or (not positive and value == 0)):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value}")
     return value
 
 
 def integer(name: str, value: int) -> int:
     """Raise ValueError unless value is an integer >= 1."""
-    if value != int(value) or value < 1:
+    if isinstance(value, str) or value != int(value) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value}")
     return int(value)
 

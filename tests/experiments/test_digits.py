@@ -1,19 +1,25 @@
 """experiments.digits as its users run it: a process of its own, a folder, and mistakes."""
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import chex
+import orbax.checkpoint as ocp
 import pytest
 
 from experiments import digits
-from experiments._common import cli, report
+from experiments._common import cli, report, train
+from experiments._common.data import load
 from experiments._common.folder import read_metrics
+from kd2m_jax._locks import locked
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
@@ -82,39 +88,105 @@ def test_the_readme_command_leaves_its_folder(tmp_path):
     assert "other settings (metric none -> w2)" in other.stderr
 
 
+def start(out, *flags):
+    """The command, running, and its files."""
+    return subprocess.Popen(
+        command(out, *flags),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stop_when(process, reached, how):
+    """Send a signal as soon as something is true; returns the exit status and the messages."""
+    end = time.monotonic() + 120
+    while process.poll() is None and not reached():
+        assert time.monotonic() < end, "the run does not get there"
+        time.sleep(0.001)
+    process.send_signal(how)
+    errors = process.communicate(timeout=60)[1]
+    return process.returncode, errors
+
+
+def lines_of(run):
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def arrays_of(folder):
+    """The arrays of the newest checkpoints of a folder."""
+    newest = {kind: max(map(int, os.listdir(folder / kind))) for kind in ("last", "best")}
+    with ocp.StandardCheckpointer() as checkpointer:
+        return newest, {
+            kind: checkpointer.restore((folder / kind / str(step) / "tree").absolute())
+            for kind, step in newest.items()
+        }
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_path):
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     print(f"kill moments drawn with seed {seed}")
-    whole = digits_run(tmp_path / "whole" / "run", "--metric=cw2", *SMALL)
-    assert whole.returncode == 0, whole.stderr
-    out = tmp_path / "cut" / "run"
-    kills = 0
-    for _ in range(30):
-        process = subprocess.Popen(
-            command(out, "--metric=cw2", "--resume", *SMALL),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        # Most of a run's time goes into importing and compiling: let it get somewhere at last.
-        deadline = time.monotonic() + rng.uniform(3, 8 + 3 * kills)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills > 0
-    assert process.returncode == 0
-    expected = whole.stdout.split("Report:")[0].split("network", 1)[1]
-    assert report.text_table(out).split("network", 1)[1].strip() == expected.strip()
-    assert (out / "metrics.jsonl").read_text() == (
-        tmp_path / "whole" / "run" / "metrics.jsonl"
-    ).read_text()
+    flags = ["--metric=cw2", *SMALL]
+    whole, out = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    done = digits_run(whole, *flags)
+    assert done.returncode == 0, done.stderr
+    total = lines_of(whole)
+
+    def writing():
+        """Somewhere a checkpoint is being written."""
+        return any((tmp_path / "cut").glob("**/*.orbax-checkpoint-tmp*"))
+
+    # Three times after a random number of lines, then in the middle of a write, then politely.
+    moments = sorted(rng.sample(range(1, total), 3))
+    for lines in moments:
+        process = start(out, "--resume", *flags)
+        status, _ = stop_when(process, lambda n=lines: lines_of(out) >= n, signal.SIGKILL)
+        assert status in (0, -signal.SIGKILL)
+    shutil.rmtree(out / "checkpoints" / "distilled", ignore_errors=True)  # so one is to come
+    status, _ = stop_when(start(out, "--resume", *flags), writing, signal.SIGKILL)
+    assert status == -signal.SIGKILL and writing()  # it is left there, half written
+    process = start(out, "--resume", *flags)
+    distilling = lambda: "distilled" in (out / "metrics.jsonl").read_text()  # noqa: E731
+    status, errors = stop_when(process, distilling, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, errors
+    assert "stopped and saved; the same command with --resume continues" in errors
+    resumed = digits_run(out, "--resume", *flags)
+    assert resumed.returncode == 0, resumed.stderr
+
+    assert report.text_table(out) == report.text_table(whole)
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    folders = [path / "checkpoints" / name for name in ("student", "distilled")
+               for path in (out, whole)]  # fmt: skip
+    folders += [next((path.parent / "teachers").iterdir()) for path in (out, whole)]
+    for found, expected in zip(folders[::2], folders[1::2], strict=True):
+        chex.assert_trees_all_equal(arrays_of(found), arrays_of(expected))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_path):
+    with locked(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *SMALL)
+    assert stop.value.code == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_teachers_are_told_apart_by_all_that_made_them():
+    settings = dataclasses.replace(digits.DEFAULTS, run=cli.Run())
+    data = load("digits")
+    ours = train.configuration(settings, data)
+    name = train.teacher_name(ours)
+    others = [
+        train.configuration(settings, dataclasses.replace(data, train=data.test)),
+        *(ours | change for change in ({"optimizer": "SGD 0.2"}, {"seed": 1}, {"epochs": 21})),
+        *(ours | change for change in ({"teacher_sha256": "0"}, {"precision": "bf16"})),
+    ]
+    assert len({name, *map(train.teacher_name, others)}) == 1 + len(others)
+    assert train.teacher_name(ours | {"metric": "w2", "coef": [1.0], "student": "mlp-8"}) == name
 
 
 @pytest.mark.parametrize(

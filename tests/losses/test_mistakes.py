@@ -222,3 +222,32 @@ def test_the_cross_entropy_needs_logits_and_labels():
     check(loss, (Outputs(Z), out, Y), ValueError, "student", "logits")
     check(loss, (out, out, H), TypeError, "integers", "float32")
     check(loss, (out, out, Y[:5]), ValueError, "[6]", "[5]")
+
+
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [
+        ("jw2:beta=0.5", {"beta": 0.5}),
+        ("w2:solver=ipot:epsilon=2e-2", {"solver": "ipot", "epsilon": 0.02}),
+        ("nst:stages=0,-1:kernel=linear", {"stages": (0, -1), "kernel": "linear"}),
+    ],
+)
+def test_options_written_in_a_name(written, options):
+    name = written.partition(":")[0]
+    assert losses.get_metric(written) == losses.get_metric(name, **options)
+    both = losses.get_metric(f"kd:temperature=2+{written}")
+    assert both.metrics == (losses.get_metric("kd", temperature=2), losses.get_metric(written))
+
+
+@pytest.mark.parametrize(
+    ("written", "error", "message"),
+    [
+        ("jw2:beta", ValueError, "written name=value, got 'beta'"),
+        ("jw2:bta=1", TypeError, "no option 'bta': did you mean beta"),
+        ("w2:epsilon=small", ValueError, "epsilon must be > 0, got small"),
+        ("sw2:projections=few", ValueError, "projections must be an integer >= 1, got few"),
+    ],
+)
+def test_mistakes_in_written_options(written, error, message):
+    with pytest.raises(error, match=message):
+        losses.get_metric(written)

@@ -1,0 +1,104 @@
+"""What fit() makes of other people's data: loaders, lists, and how often it compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from clouds import draw
+from flax import nnx
+
+from kd2m_jax import fit, from_nnx, init_state, make_train_step, models
+
+N, D = 96, 10
+
+
+def data(seed=0):
+    x, _, labels = draw("clustered", N, D, classes=3, seed=seed)
+    return x.astype(np.float32), labels.astype(np.int32)
+
+
+def mlp(seed):
+    return models.MLP((8, 6), 3, in_features=D, rngs=nnx.Rngs(seed))
+
+
+class Rows:
+    """A random-access source for grain."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x, labels = data()
+        return x[i], labels[i]
+
+
+def by_hand(batches, epochs):
+    """The same training as a loop over the one-device step."""
+    network, optimizer = from_nnx(mlp(1)), optax.sgd(0.1)
+    step = make_train_step(network, network, optimizer, metric="cw2", coef=0.01)
+    teacher = from_nnx(mlp(0)).init(None, None)
+    state = init_state(network, optimizer, jnp.ones((1, D)), key=jax.random.key(0))
+    for _ in range(epochs):
+        for batch in batches:
+            state, _ = step(state, teacher, tuple(jnp.asarray(a) for a in batch))
+    return state.params
+
+
+def fitted(batches, epochs):
+    options = {"teacher": mlp(0), "metric": "cw2", "coef": 0.01, "optimizer": optax.sgd(0.1)}
+    return fit(mlp(1), batches, epochs=epochs, **options)
+
+
+def assert_close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_list_of_batches_is_taken_in_its_order():
+    x, labels = data()
+    batches = [(x[i : i + 16], labels[i : i + 16]) for i in range(0, N, 16)]
+    result = fitted(batches, 2)
+    assert result.history[-1]["step"] == 12 and result.history[-1]["steps"] == 12
+    assert_close(result.state.params, by_hand(batches, 2))
+
+
+def test_a_grain_loader():
+    grain = pytest.importorskip("grain.python")
+
+    dataset = grain.MapDataset.source(Rows()).shuffle(seed=0).to_iter_dataset().batch(16)
+    result = fitted(dataset, 2)
+    assert result.history[-1]["step"] == 12
+    assert_close(result.state.params, by_hand(list(dataset), 2))
+
+
+def test_one_program_for_training_and_one_for_evaluation():
+    """Neither a last partial batch of the test set nor a second epoch compiles anything."""
+    traced = []
+
+    def preprocess(x, keys):
+        traced.append(keys is not None)
+        return x
+
+    x, labels = data(1)
+    x, labels = np.tile(x, (6, 1))[:520], np.tile(labels, 6)[:520]  # 500 and 20
+    fit(mlp(1), data(), epochs=3, batch_size=16, eval_data=(x, labels), preprocess=preprocess)
+    training, evaluation = traced.count(True), traced.count(False)
+    assert (training, evaluation) == (1, 2)  # the second without keys asks for the input's shape
+
+
+def test_the_student_that_comes_back_normalises_with_its_running_statistics():
+    images = np.random.default_rng(0).normal(size=(32, 8, 8, 1)).astype(np.float32)
+    labels = np.arange(32) % 3
+    student = models.resnet8(3, in_channels=1, rngs=nnx.Rngs(0))
+    trained = fit(student, (images, labels), epochs=1, batch_size=16).student
+    together, alone = trained(images).logits[:1], trained(images[:1]).logits
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [list(data()), [np.ones((4, D))], [(np.ones(4), 0)]])
+def test_data_that_is_no_batch_is_named(batches):
+    with pytest.raises(ValueError, match=r"data must give batches \(x, labels\)"):
+        fit(mlp(1), batches, epochs=1)
+    with pytest.raises(ValueError, match="data gave no batch"):
+        fit(mlp(1), [], epochs=1)
