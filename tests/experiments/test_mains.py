@@ -1,10 +1,15 @@
 """The other mains, each through its own data set's path, on small fake archives."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from archives import fake_archives, register
+from torch_files import torch_state, write_safetensors
 
 from experiments import cifar, mnist, svhn
 from experiments._common import cli
@@ -12,6 +17,8 @@ from experiments._common.folder import read_metrics
 
 MAINS = [("cifar10", cifar, []), ("cifar100", cifar, ["--dataset=cifar100"])]
 MAINS += [("svhn", svhn, []), ("mnist", mnist, [])]
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("KD2M_DATA_DIR", ROOT.parent / "shared" / "data" / "tfds"))
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=8", "--max-steps=3"]
 
 
@@ -45,3 +52,62 @@ def test_data_that_is_not_there_is_status_2_with_both_ways_out(monkeypatch, caps
     error = capsys.readouterr().err
     assert "python -m experiments.digits" in error and "experiments.cifar" in error
     assert "Traceback" not in error
+
+
+def cifar_run(monkeypatch, tmp_path, name, *flags):
+    """On a small fake CIFAR-10, in this process; returns the run folder."""
+    manual = tmp_path / "data/downloads/manual"
+    if not manual.exists():
+        fake_archives("cifar10", manual)
+    register(monkeypatch, "cifar10", manual)
+    folders = [f"--data-dir={tmp_path / 'data'}", f"--out={tmp_path / name}"]
+    monkeypatch.setattr(sys, "argv", ["main", *TINY, *folders, *flags])
+    cli.main(cifar.DEFAULTS, cifar.run, module="main", description="")
+    return tmp_path / name
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32(monkeypatch, capsys, tmp_path):
+    losses = {}
+    for precision in ("f32", "bf16"):
+        run = cifar_run(monkeypatch, tmp_path, precision, f"--precision={precision}")
+        losses[precision] = np.array([line["loss"] for line in read_metrics(run)])
+        metadata = (run / "checkpoints/student/last/3/record/metadata").read_text()
+        assert "float32" in metadata and "bfloat16" not in metadata
+    assert (losses["bf16"] != losses["f32"]).all()  # rounded ...
+    np.testing.assert_allclose(losses["bf16"], losses["f32"], rtol=0.05)  # ... to 8 bits
+
+
+@pytest.mark.slow
+def test_torch_weights_from_the_command_line(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "resnet18.safetensors"
+    write_safetensors(file, torch_state("resnet18", num_classes=1000, stem="imagenet"))
+    pretrained = ["--teacher=resnet18", "--stem=imagenet", f"--pretrained-teacher={file}"]
+    run = cifar_run(monkeypatch, tmp_path, "run", *pretrained, "--max-steps=1")
+    config = json.loads((run / "config.json").read_text())
+    assert config["pretrained_teacher"] == str(file) and len(config["teacher_sha256"]) == 16
+    # The same path with other weights in it is another teacher.
+    state = torch_state("resnet18", num_classes=1000, stem="imagenet")
+    write_safetensors(file, state | {"fc.bias": state["fc.bias"] + 1})
+    cifar_run(monkeypatch, tmp_path, "other", *pretrained, "--max-steps=1")
+    assert len(list((tmp_path / "teachers").iterdir())) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cifar_run(monkeypatch, tmp_path, "third", *pretrained, "--stem=cifar")
+    assert stop.value.code == 2 and "--stem=imagenet" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason=f"no data sets at {DATA}")
+def test_losses_fall_on_the_real_cifar10(tmp_path):
+    """As a process of its own: the tests' unoptimised machine code would take five minutes."""
+    small = ["--teacher=resnet20", "--student=resnet8", "--max-steps=30", "--metric=jw2"]
+    folders = [f"--data-dir={DATA}", f"--out={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "experiments.cifar", *small, *folders]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run")
+    for phase in ("teacher", "student", "distilled"):
+        losses = [line["task_loss"] for line in lines if line["phase"] == phase]
+        assert np.isfinite(losses).all()
+        assert losses[-1] < losses[0] - 0.05
