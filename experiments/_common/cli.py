@@ -115,16 +115,18 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
 
     _keep_compiled_programs()
+    # A table takes up what is there without being asked.
+    again = "the same command" + (" with --resume" if hasattr(settings, "run") else "")
     try:
         run(settings)
     except (UsageError, DataError, CheckpointError) as error:
         sys.exit(_fail(error, 2))
     except Stopped as stopped:
-        sys.exit(_fail("stopped and saved; the same command with --resume continues", stopped.code))
+        sys.exit(_fail(f"stopped and saved; {again} continues", stopped.code))
     except NonFiniteLoss as error:
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped; the same command with --resume continues", 130))
+        sys.exit(_fail(f"stopped; {again} continues", 130))
 
 
 def _keep_compiled_programs() -> None:
