@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
@@ -93,9 +93,10 @@ def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = No
         if "," not in weights:  # one for all terms of a sum
             weights = ",".join([weights] * (name.count("+") + 1))
         label = name if weights == default else f"{name}={weights}"
-        distillation = Distillation(name, weights, grid.task_coef or main.distillation.task_coef)
+        labels = main.distillation.task_coef if grid.task_coef is None else grid.task_coef
+        distillation = Distillation(name, weights, labels)
 
-    def with_given(part):
+    def with_given(part) -> Any:
         given = {k: v for k, v in vars(grid).items() if k in vars(part) and v is not None}
         return dataclasses.replace(part, **given)
 

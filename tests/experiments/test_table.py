@@ -130,7 +130,10 @@ def test_cells_follow_the_main_of_their_data_set():
     [
         (["--dataset", "digit"], "unknown data set 'digit'"),
         (["--metrics", "w3"], "unknown metric 'w3'"),
-        (["--metrics", "w2=much"], "--coef must be numbers >= 0, got 'much'"),
+        (
+            ["--metrics", "w2=much"],
+            "--coef must be numbers >= 0, got 'much'",
+        ),
         (["--coef=-1"], "--coef must be a number >= 0"),
         (["--seeds=0"], "--seeds must be at least 1"),
         (["--train-examples=0"], "--train-examples must be at least 1"),
