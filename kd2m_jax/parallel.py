@@ -18,7 +18,7 @@ def pmap_step(
     optimizer: optax.GradientTransformation,
     *,
     metric: Metric | MetricSum | str | None,
-    coef: Coef = 1.0,
+    coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     devices: Sequence[Any] | None = None,
 ) -> Step:
@@ -85,7 +85,7 @@ def shard_map_step(
     optimizer: optax.GradientTransformation,
     *,
     metric: Metric | MetricSum | str | None,
-    coef: Coef = 1.0,
+    coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Step:

@@ -15,6 +15,10 @@ from kd2m_jax.outputs import Outputs
 
 Coef = float | Callable[[ArrayLike], Any]
 
+# coef="auto": the ratio if none is given, and how much of the means of the gradients' norms a
+# step keeps.
+RATIO, MEMORY = 0.1, 0.8
+
 
 class TrainState(NamedTuple):
     """Everything that a step reads and replaces. A pytree.
@@ -23,6 +27,8 @@ class TrainState(NamedTuple):
       params: the student's parameters.
       model_state: the student's own state (batch statistics).
       opt_state: the optimizer's state.
+      grad_norms: ``[2]`` float32, exponential means of the norms of the task's and the distance's
+        gradients, which coef="auto" keeps (zeros without it).
       step: int32 scalar, steps done.
       key: PRNG key; each step folds its number into it.
     """
@@ -30,6 +36,7 @@ class TrainState(NamedTuple):
     params: Any
     model_state: Any
     opt_state: Any
+    grad_norms: jax.Array
     step: jax.Array
     key: jax.Array
 
@@ -67,7 +74,8 @@ def init_state(
     """
     init_key, key = jax.random.split(key)
     params, model_state = jax.tree.map(jnp.array, network.init(init_key, jnp.asarray(x)))
-    return TrainState(params, model_state, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    norms, step = jnp.zeros(2, jnp.float32), jnp.zeros((), jnp.int32)
+    return TrainState(params, model_state, optimizer.init(params), norms, step, key)
 
 
 def make_train_step(
@@ -76,7 +84,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     metric: Metric | MetricSum | str | None,
-    coef: Coef = 1.0,
+    coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
 ) -> Step:
     """One training step on one device, compiled as one program.
@@ -90,7 +98,13 @@ def make_train_step(
       teacher: the frozen network, or None to train without one (metric None).
       optimizer: an optax optimizer of the student's parameters.
       metric: a name from ``losses.METRICS``, a `losses.Metric`, or None for cross-entropy alone.
-      coef: >= 0, lambda: a number, or an optax schedule of the step number.
+      coef: >= 0, lambda: a number, an optax schedule of the step number, or "auto:RATIO". That
+        keeps the norm of lambda's part of the gradient at RATIO times that of the cross-entropy's
+        part, both with respect to all of the student's parameters (a projector's too): the one
+        place that both reach in any network. The norms are exponential means over about five
+        steps: lambda follows the training smoothly and lags where a norm changes within so few.
+        It costs one more backward pass.
+        "auto" alone is "auto:0.1".
       task_coef: >= 0, a number or a schedule.
 
     Returns:
@@ -102,7 +116,8 @@ def make_train_step(
       sum of metrics ``distillation_loss/NAME`` for each.
 
     Raises:
-      ValueError: a negative weight, an unknown metric, or a metric without a teacher.
+      ValueError: a negative weight or one that cannot be read, an unknown metric, or a metric
+        without a teacher.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -133,7 +148,7 @@ def step_body(
     optimizer: optax.GradientTransformation,
     *,
     metric: Metric | MetricSum | str | None,
-    coef: Coef,
+    coef: Coef | str,
     task_coef: Coef,
     axis: str | None,
 ) -> Step:
@@ -148,6 +163,11 @@ def step_body(
     metric = resolve(metric)
     if metric is not None and teacher is None:
         raise ValueError(f"metric {metric.label!r} compares with a teacher, and there is none")
+    ratio = None
+    if isinstance(coef, str):
+        ratio, coef = auto_ratio(coef), 0.0
+        if not callable(task_coef) and task_coef == 0:
+            raise ValueError("coef='auto' follows the cross-entropy's gradient: task_coef is 0")
     for name, weight in (("coef", coef), ("task_coef", task_coef)):
         if not callable(weight) and not weight >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
@@ -186,9 +206,28 @@ def step_body(
             )
             return loss, (terms, _accuracy(out, all_labels), model_state)
 
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        norms = state.grad_norms
+        if ratio is None:
+            (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            grads = mean(grads)
+        else:
+            # The two terms' gradients apart, from one forward pass.
+            def terms_fn(params):
+                _, aux = loss_fn(params)
+                return (aux[0].task, aux[0].distillation), aux
+
+            (task, distance), pullback, aux = jax.vjp(terms_fn, state.params, has_aux=True)
+            (of_task,) = pullback((jnp.full_like(task, weights[1]), jnp.zeros_like(distance)))
+            (of_distance,) = pullback((jnp.zeros_like(task), jnp.ones_like(distance)))
+            of_task, of_distance = mean(of_task), mean(of_distance)
+            new = jnp.stack([optax.tree.norm(g) for g in (of_task, of_distance)])
+            # Both start at zero, so the bias of the first steps cancels in their ratio.
+            norms = MEMORY * norms + (1 - MEMORY) * new.astype(norms.dtype)
+            weights[0] = jnp.where(norms[1] > 0, ratio * norms[0] / norms[1], 0)
+            grads = jax.tree.map(lambda t, d: t + weights[0] * d, of_task, of_distance)
+            loss = weights[1] * task + weights[0] * distance
         terms, accuracy, model_state = aux
-        updates, opt_state = optimizer.update(mean(grads), state.opt_state, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
             "loss": loss,
             "task_loss": terms.task,
@@ -198,10 +237,25 @@ def step_body(
             **{f"distillation_loss/{name}": value for name, value in terms.parts.items()},
         }
         params = optax.apply_updates(state.params, updates)
-        state = TrainState(params, mean(model_state), opt_state, state.step + 1, state.key)
+        state = TrainState(params, mean(model_state), opt_state, norms, state.step + 1, state.key)
         return state, mean(metrics)
 
     return step
+
+
+def auto_ratio(coef: str) -> float:
+    """RATIO of "auto:RATIO", or of "auto" the default; ValueError for anything else."""
+    name, _, ratio = coef.partition(":")
+    try:
+        value = float(ratio or RATIO)
+    except ValueError:
+        value = 0.0
+    if name != "auto" or not 0 < value < float("inf"):
+        raise ValueError(
+            f"coef must be a number >= 0, a schedule, 'auto' or 'auto:RATIO' with RATIO > 0, got "
+            f"{coef!r}"
+        )
+    return value
 
 
 def _accuracy(out: Outputs, labels: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ def fit(
     teacher: Model | None = None,
     teacher_variables: Any = None,
     metric: Metric | MetricSum | str | None = None,
-    coef: Coef = 1.0,
+    coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = 10,
@@ -82,7 +82,8 @@ def fit(
       teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
         an NNX module brings its own.
       metric: a name from ``losses.METRICS`` or a `losses.Metric`; None for cross-entropy alone.
-      coef: >= 0, lambda, a number or an optax schedule of the step.
+      coef: >= 0, lambda, a number or an optax schedule of the step; or "auto:RATIO", which keeps
+        its part of the gradient at RATIO times the cross-entropy's (see `make_train_step`).
       task_coef: >= 0, the weight of the cross-entropy.
       optimizer: an optax optimizer; Adam with a cosine from 1e-3 to 0 by default.
       epochs: passes over the data.

@@ -31,7 +31,8 @@ class Distillation:
     gaussian-kl, kd, ... (README) or none. NAME@logits compares the logits, kd+cw2 adds two up."""
     coef: str = "1e-4"
     """Lambda, the weight of the distance, >= 0; of a sum of metrics one each: 0.9,1e-3. It depends
-    on the scale of the features: see README."""
+    on the scale of the features; auto:RATIO finds it: the distance's gradient is kept at RATIO
+    times the cross-entropy's (auto: 0.1)."""
     task_coef: float = 1.0
     """The weight of the cross-entropy on the labels; >= 0."""
 
@@ -115,16 +116,18 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     from experiments._common.data import DataError
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
 
+    # A table takes up what is there without being asked.
+    again = "the same command" + (" with --resume" if hasattr(settings, "run") else "")
     try:
         run(settings)
     except (UsageError, DataError, CheckpointError) as error:
         sys.exit(_fail(error, 2))
     except Stopped as stopped:
-        sys.exit(_fail("stopped and saved; the same command with --resume continues", stopped.code))
+        sys.exit(_fail(f"stopped and saved; {again} continues", stopped.code))
     except NonFiniteLoss as error:
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_fail("stopped; the same command with --resume continues", 130))
+        sys.exit(_fail(f"stopped; {again} continues", 130))
 
 
 def _keep_compiled_programs() -> None:
@@ -139,12 +142,20 @@ def _fail(message: object, status: int) -> int:
     return status
 
 
-def coefficients(distillation: Distillation) -> tuple[float, ...]:
-    """The numbers in --coef."""
+def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
+    """The numbers in --coef, or "auto:RATIO"."""
+    coef = distillation.coef
+    if coef.startswith("auto"):
+        from kd2m_jax.step import auto_ratio  # loads JAX
+
+        try:
+            return (f"auto:{auto_ratio(coef):g}",)
+        except ValueError as error:
+            raise UsageError(f"--coef: {error}") from error
     try:
-        return tuple(float(number) for number in distillation.coef.split(","))
+        return tuple(float(number) for number in coef.split(","))
     except ValueError:
-        raise UsageError(f"--coef must be numbers >= 0, got {distillation.coef!r}") from None
+        raise UsageError(f"--coef must be numbers >= 0, got {coef!r}") from None
 
 
 def check(settings: Settings) -> None:
@@ -157,8 +168,10 @@ def check(settings: Settings) -> None:
         raise UsageError(f"--seed must be at least 0, got {t.seed}")
     for flag, values in (("--coef", coefficients(d)), ("--task-coef", (d.task_coef,))):
         for value in values:
-            if not (math.isfinite(value) and value >= 0):
+            if not isinstance(value, str) and not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{flag} must be a number >= 0, got {value}")
+    if d.coef.startswith("auto") and d.task_coef == 0:
+        raise UsageError("--coef=auto follows the cross-entropy, and --task-coef is 0")
     terms = d.metric.count("+") + 1
     if len(coefficients(d)) != terms:
         raise UsageError(f"--coef needs {terms} numbers for --metric={d.metric}, got {d.coef}")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import matplotlib
 
@@ -40,16 +41,26 @@ def rows(path: str | pathlib.Path) -> list[tuple[str, ...]]:
 
 def text_table(path: str | pathlib.Path) -> str:
     """The final table for a terminal."""
-    table = [HEADER, *rows(path)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
+    return aligned([HEADER, *rows(path)], words=2)
+
+
+def aligned(table: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A header and rows for a terminal; the first columns are words, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < words else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in table
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown(table: Sequence[Sequence[str]], words: int = 1) -> list[str]:
+    """The same in Markdown, as lines."""
+    rule = ["---" if i < words else "---:" for i in range(len(table[0]))]
+    return ["| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])]
 
 
 def write(path: str | pathlib.Path) -> None:
@@ -60,8 +71,7 @@ def write(path: str | pathlib.Path) -> None:
     _curves(path)
     title = f"{config['dataset']}: {config['teacher']} to {config['student']}"
     out = [f"# {title}, metric {config['metric']}", ""]
-    out += ["| " + " | ".join(HEADER) + " |", "|---|---|---:|---:|---:|"]
-    out += ["| " + " | ".join(row) + " |" for row in rows(path)]
+    out += markdown([HEADER, *rows(path)], words=2)
     out += [
         "",
         "Test accuracy is that of the last epoch, over all test examples; the best epoch's is "

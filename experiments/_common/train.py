@@ -144,7 +144,10 @@ def run_phase(
     per_epoch = steps_per_epoch(dataset.train[1], config["batch_size"], config["per_class"])
     steps = min(config["epochs"] * per_epoch, config["max_steps"] or math.inf)
     images = int(steps) * config["batch_size"]
-    with tqdm(desc=report.TITLES[name], total=images, unit=" images", unit_scale=True) as bar:
+    # leave=None: under a table's bar this one goes when it is done.
+    with tqdm(
+        desc=report.TITLES[name], total=images, unit=" images", unit_scale=True, leave=None
+    ) as bar:
         progress = Progress(bar, config["batch_size"])
         result = fit(
             network,

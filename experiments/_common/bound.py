@@ -1,0 +1,153 @@
+"""The theorem's chain over a run's training: trained again, epoch by epoch, and measured."""
+
+import itertools
+import json
+import math
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments._common import figures, report, restore
+from experiments._common.augment import preprocess
+from experiments._common.protocols import PROTOCOLS
+from kd2m_jax import Outputs, fit, losses, theory
+from kd2m_jax._batches import steps_per_epoch
+
+# The chain holds to about 3e-4 in float32 (theory.bound).
+ROUNDING = 5e-4
+
+
+def write(path: str | pathlib.Path, run: restore.Finished, points: int, examples: int) -> str:
+    """Write bound.json and bound.png into the run folder; returns what was found in words."""
+    images, labels = (a[:examples] for a in run.dataset.test)
+    seen = restore.outputs(run.trained["teacher"], run.dataset, images)
+    restore.same_size(
+        {"teacher": seen, "student": restore.outputs(run.trained["student"], run.dataset, images)}
+    )
+    sigma = bandwidth(np.asarray(seen.features))
+    measured = {
+        phase: [
+            {"epoch": epoch, **measure(restore.outputs(model, run.dataset, images), seen, labels,
+                                       sigma)}
+            for epoch, model in _over_training(run, phase, points)
+        ]
+        for phase in ("student", "distilled")
+    }  # fmt: skip
+    found = {"examples": len(labels), "bandwidth": sigma, "points": measured}
+    folder = pathlib.Path(path)
+    (folder / "bound.json").write_text(json.dumps(found, indent=2) + "\n")
+    _figure(folder / "bound.png", measured, sigma)
+    broken = [f"{k} at epoch {p['epoch']:g}" for k, ps in measured.items() for p in ps
+              if not in_order(p)]  # fmt: skip
+    count = sum(map(len, measured.values()))
+    return (
+        f"gap <= W <= L2 holds at {count - len(broken)} of {count} points"
+        + (f", not for {', '.join(broken)}" if broken else "")
+        + f" (RBF kernel of bandwidth {sigma:.3g}, {len(labels)} test examples, exact plan).\n"
+        + report.aligned(_rows(measured))
+    )
+
+
+def bandwidth(features: np.ndarray) -> float:
+    """The median distance between the teacher's features, at least 1 so that phi is 1-Lipschitz."""
+    squared = np.sum(features**2, 1)
+    distances = squared[:, None] + squared - 2 * features @ features.T
+    return max(1.0, math.sqrt(max(0.0, float(np.median(distances)))))
+
+
+def measure(student: Outputs, teacher: Outputs, labels: np.ndarray, sigma: float) -> dict:
+    """The chain, and the gap of the two real classifiers' cross-entropies in nats."""
+    chain = theory.bound(student.features, teacher.features, bandwidth=sigma)
+    risks = [_cross_entropy(np.asarray(out.logits, float), labels) for out in (student, teacher)]
+    return {k: float(v) for k, v in chain._asdict().items()} | {
+        "cross_entropy_gap": abs(risks[0] - risks[1])
+    }
+
+
+def in_order(point: dict) -> bool:
+    """Whether gap <= W <= L2 <= Euclidean L2, up to rounding."""
+    chain = [point[k] for k in ("gap", "w", "l2", "euclidean_l2")]
+    return all(a <= b + ROUNDING for a, b in itertools.pairwise(chain))
+
+
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    top = logits.max(1, keepdims=True)
+    log_sum = np.log(np.exp(logits - top).sum(1)) + top[:, 0]
+    return float(np.mean(log_sum - logits[np.arange(len(labels)), labels]))
+
+
+def _over_training(run: restore.Finished, phase: str, points: int) -> Iterator[tuple[float, Any]]:
+    """(epoch, network) before training, after some epochs and at the end: the run's own networks.
+
+    Trained again with the run's configuration, from checkpoint to checkpoint, which on the CPU
+    gives the same bits as in one go.
+    """
+    config, data = run.config, run.dataset
+    per_epoch = steps_per_epoch(data.train[1], config["batch_size"], config["per_class"])
+    last = min(config["epochs"] * per_epoch, config["max_steps"] or math.inf)
+    # Denser at the beginning, where more happens: epochs 1 to the last, evenly in the logarithm.
+    epochs = np.unique(np.geomspace(1, config["epochs"], points).round().astype(int))
+    stops = sorted({int(min(e * per_epoch, last)) for e in epochs})
+    options: dict[str, Any] = {}
+    if phase == "distilled":
+        sum_ = isinstance(run.metric, losses.MetricSum)
+        options = {"teacher": run.trained["teacher"], "metric": run.metric}
+        options |= {"coef": 1.0 if sum_ else config["coef"][0], "task_coef": config["task_coef"]}
+    yield 0.0, _evaluated(run.fresh["student"])
+    with tempfile.TemporaryDirectory() as folder:
+        for stop in tqdm(stops, desc=report.TITLES[phase], unit=" points"):
+            result = fit(
+                run.fresh[phase],
+                data.train,
+                preprocess=preprocess(data),
+                optimizer=PROTOCOLS[config["protocol"]].optimizer(config["epochs"], per_epoch),
+                epochs=config["epochs"],
+                batch_size=config["batch_size"],
+                per_class=config["per_class"],
+                seed=config["seed"],
+                max_steps=stop,
+                checkpoint_dir=folder,
+                **options,
+            )
+            yield stop / per_epoch, result.student
+
+
+def _evaluated(model):
+    model.eval()
+    return model
+
+
+def _rows(measured: dict) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [("", "epoch", "gap", "W", "L2", "cross-entropy gap (nats)")]
+    for phase, points in measured.items():
+        for p in (points[0], points[-1]):
+            numbers = (f"{p[k]:.4f}" for k in ("gap", "w", "l2", "cross_entropy_gap"))
+            rows.append((report.TITLES[phase], f"{p['epoch']:g}", *numbers))
+    return rows
+
+
+def _figure(path: pathlib.Path, measured: dict, sigma: float) -> None:
+    """Above the chain, below the real classifiers' gap; a column a student."""
+    figure, axes = figures.plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row")
+    lines = {
+        "l2": ("L2", "#0072B2", "o"),
+        "w": ("W", "#E69F00", "s"),
+        "gap": ("gap", "#009E73", "^"),
+    }
+    for i, (phase, points) in enumerate(measured.items()):
+        epochs = [p["epoch"] for p in points]
+        for key, (label, colour, marker) in lines.items():
+            axes[0][i].plot(epochs, [p[key] for p in points], marker=marker, color=colour,
+                            label=label, markersize=4)  # fmt: skip
+        axes[1][i].plot(epochs, [p["cross_entropy_gap"] for p in points], "D-", color="#CC79A7",
+                        markersize=4)  # fmt: skip
+        axes[0][i].set_title(report.TITLES[phase], fontsize=10)
+        axes[1][i].set_xlabel("epoch")
+    axes[0][0].set_ylabel(f"distance in H (no unit, σ = {sigma:.3g})")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[1][0].set_ylabel("cross-entropy gap (nats)\nnot covered by the theorem")
+    figures.finish(figure, path)

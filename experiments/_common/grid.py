@@ -1,0 +1,175 @@
+"""Cells of a table: one run folder for each data set, seed and metric, trained or reused."""
+
+import dataclasses
+import importlib
+import pathlib
+from typing import Annotated, Any, Literal
+
+from tqdm import tqdm
+
+from experiments._common.cli import Distillation, Run, Settings, UsageError, check
+from experiments._common.cli import _optional as optional
+from experiments._common.data import DATASETS
+from experiments._common.folder import read_metrics
+
+ALONE = "none"
+_MAINS = "the data set's own main"
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What all cells have in common. What is left out is as in the data set's own main."""
+
+    seeds: int = 5
+    """Seeds 0, 1, ...: each has its own teacher, shared by all metrics."""
+    teacher: Annotated[str | None, optional("STR", _MAINS)] = None
+    """The teacher's network."""
+    student: Annotated[str | None, optional("STR", _MAINS)] = None
+    """The student's network."""
+    stem: Annotated[Literal["cifar", "imagenet"] | None, optional("STR", _MAINS)] = None
+    """A ResNet's first layers: cifar or imagenet."""
+    pretrained_teacher: Annotated[str | None, optional("FILE", "random weights")] = None
+    """Torch weights to start from."""
+    pretrained_student: Annotated[str | None, optional("FILE", "random weights")] = None
+    """The same for the student."""
+    protocol: Annotated[str | None, optional("STR", _MAINS)] = None
+    """Optimizer and schedule."""
+    epochs: Annotated[int | None, optional("INT", "the protocol's")] = None
+    """Passes over the training set, in every phase."""
+    batch_size: Annotated[int | None, optional("INT", "the protocol's")] = None
+    """Examples a step."""
+    per_class: Annotated[int | None, optional("INT", "batches are drawn freely")] = None
+    """Examples of one class that come together."""
+    precision: Annotated[Literal["f32", "bf16"] | None, optional("STR", _MAINS)] = None
+    """What the networks compute in."""
+    task_coef: Annotated[float | None, optional("FLOAT", _MAINS)] = None
+    """The weight of the cross-entropy, with a teacher."""
+    train_examples: Annotated[int | None, optional("INT", "all")] = None
+    """Train on the first so many images only; the test set stays whole."""
+    data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
+    """Folder of tensorflow-datasets; what is missing there is downloaded into it."""
+    out: str = "runs/table"
+    """Where cells and results go; finished cells there are reused."""
+    max_steps: Annotated[int | None, optional("INT", "no limit")] = None
+    """Cut every phase after so many steps: a smoke run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a data set, a metric with its lambda, a seed."""
+
+    dataset: str
+    label: str
+    seed: int
+    settings: Settings
+
+    @property
+    def path(self) -> pathlib.Path:
+        """Its run folder."""
+        return pathlib.Path(str(self.settings.run.out))
+
+    @property
+    def alone(self) -> pathlib.Path:
+        """Where its seed's student alone is kept."""
+        return self.path.parent / ALONE / "checkpoints" / "student"
+
+
+def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = None) -> Cell:
+    """The cell of a metric, written NAME or NAME=LAMBDA; ``coef`` is for those without their own.
+
+    Its folder has lambda in its name unless it is the main's, so that runs with different ones
+    lie side by side.
+    """
+    if dataset not in DATASETS:
+        raise UsageError(f"unknown data set {dataset!r}: one of {', '.join(DATASETS)}")
+    module = DATASETS[dataset].experiment.split()[0]
+    main: Settings = importlib.import_module(module).DEFAULTS
+    name, _, own = metric.partition("=")
+    name, default = name.replace("_", "-").lower(), main.distillation.coef
+    weights, default = _weights(own or coef or default), _weights(default)
+    if name == ALONE:  # lambda and the weight of the labels are no settings of its
+        label, distillation = name, Distillation(metric=name, coef="0")
+    else:
+        if "," not in weights:  # one for all terms of a sum
+            weights = ",".join([weights] * (name.count("+") + 1))
+        label = name if weights == default else f"{name}={weights}"
+        labels = main.distillation.task_coef if grid.task_coef is None else grid.task_coef
+        distillation = Distillation(name, weights, labels)
+
+    def with_given(part) -> Any:
+        given = {k: v for k, v in vars(grid).items() if k in vars(part) and v is not None}
+        return dataclasses.replace(part, **given)
+
+    folder = pathlib.Path(grid.out) / dataset / f"seed{seed}" / label.replace(":", "-")
+    settings = Settings(
+        distillation,
+        with_given(main.networks),
+        dataclasses.replace(with_given(main.training), seed=seed),
+        Run(grid.data_dir, str(folder), resume=True, max_steps=grid.max_steps),
+    )
+    return Cell(dataset, label, seed, settings)
+
+
+def _weights(coef: str) -> str:
+    """One spelling of a weight; what is no number is left to `check`."""
+    try:
+        return ",".join(f"{float(number):g}" for number in coef.split(","))
+    except ValueError:
+        return coef
+
+
+def cells(grid: Grid, datasets: tuple[str, ...], metrics: tuple[str, ...], coef: str | None = None):
+    """All cells, a seed's after one another and its student alone first; checks them too."""
+    from experiments._common.train import check_names  # loads JAX, which --help need not
+
+    for flag, value in (("--seeds", grid.seeds), ("--train-examples", grid.train_examples)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")
+    found: dict[pathlib.Path, Cell] = {}
+    for dataset in dict.fromkeys(datasets):
+        for seed in range(grid.seeds):
+            for metric in (ALONE, *metrics):
+                one = cell(grid, dataset, metric, seed, coef)
+                if seed == 0:
+                    check(one.settings)
+                    check_names(one.settings)
+                found.setdefault(one.path, one)
+    return list(found.values())
+
+
+def train(grid: Grid, wanted: list[Cell]) -> dict[str, dict[str, int]]:
+    """Train what is not there yet, with a bar of cells done and time left.
+
+    Returns for each data set how many examples there are to train and to test on.
+    """
+    from experiments._common.data import load
+    from experiments._common.train import distil
+
+    dataset, sizes = None, {}
+    with tqdm(total=len(wanted), unit=" cells", desc="Cells", smoothing=0) as bar:
+        for one in wanted:
+            bar.set_postfix_str(f"{one.dataset}, seed {one.seed}, {one.label}")
+            if dataset is None or dataset.name != one.dataset:
+                dataset = load(one.dataset, grid.data_dir)
+                if n := grid.train_examples:
+                    images, labels = dataset.train
+                    dataset = dataclasses.replace(dataset, train=(images[:n], labels[:n]))
+                sizes[one.dataset] = {
+                    "train": len(dataset.train[0]),
+                    "test": len(dataset.test[0]),
+                }
+            done = (one.path / "report.md").exists()
+            distil(one.settings, dataset, alone=one.alone)
+            if done:  # says nothing about how long the others will take
+                bar.initial += 1
+            bar.update()
+    return sizes
+
+
+def scores(path: pathlib.Path, phase: str) -> list[float]:
+    """Test accuracies of a run's phase in percent, one an epoch."""
+    return [
+        100 * line["test_accuracy"]
+        for line in read_metrics(path)
+        if line["phase"] == phase and "test_accuracy" in line
+    ]

@@ -1,0 +1,76 @@
+"""Statistics of a table: means over seeds, paired differences, Holm's adjustment."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+LEVEL = 0.95
+
+
+def summary(values: ArrayLike) -> dict:
+    """Mean, standard deviation (over n - 1) and 95% t-interval of the mean; None where n = 1."""
+    x = np.asarray(values, float)
+    sd = float(x.std(ddof=1)) if len(x) > 1 else None
+    mean = float(x.mean())
+    return {"mean": mean, "sd": sd, "interval": _interval(mean, sd, len(x))}
+
+
+def paired(values: ArrayLike, reference: ArrayLike) -> dict:
+    """The mean difference of pairs, its 95% t-interval and two-sided p-value.
+
+    One pair, or differences that are all the same, say nothing of their spread: the interval and
+    p are None then.
+    """
+    difference = np.asarray(values, float) - np.asarray(reference, float)
+    # Accuracies are counts over n: what differs by rounding alone is the same.
+    found = summary(difference.round(9))
+    if not found["sd"]:
+        return {"mean": found["mean"], "sd": found["sd"], "interval": None, "p": None}
+    t = found["mean"] / (found["sd"] / math.sqrt(len(difference)))
+    return {**found, "p": float(2 * stats.t.sf(abs(t), len(difference) - 1))}
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """p-values adjusted for how many there are (Holm, Scand. J. Statist. 1979); None stays."""
+    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    adjusted: list[float | None] = [None] * len(ps)
+    highest = 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * p))
+        adjusted[i] = highest
+    return adjusted
+
+
+def compare(scores: dict[str, list[float]], reference: ArrayLike) -> dict[str, dict]:
+    """`paired` of each with a reference, with p adjusted for the number compared."""
+    found = {name: paired(values, reference) for name, values in scores.items()}
+    adjusted = holm([d["p"] for d in found.values()])
+    return {name: {**d, "p_holm": p} for (name, d), p in zip(found.items(), adjusted, strict=True)}
+
+
+def pairs(scores: dict[str, list[float]]) -> list[dict]:
+    """Each with each other, adjusted for the number of pairs."""
+    names = list(itertools.combinations(scores, 2))
+    found = [paired(scores[a], scores[b]) for a, b in names]
+    adjusted = holm([d["p"] for d in found])
+    return [
+        {"first": a, "second": b, **d, "p_holm": p}
+        for (a, b), d, p in zip(names, found, adjusted, strict=True)
+    ]
+
+
+def verdict(difference: dict, p: str = "p") -> int:
+    """1 or -1 where the difference is there at the 5% level, 0 where it cannot be told."""
+    known = difference[p] is not None and difference[p] < 1 - LEVEL
+    return int(np.sign(difference["mean"])) if known else 0
+
+
+def _interval(mean: float, sd: float | None, n: int) -> list[float] | None:
+    if sd is None:
+        return None
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    return [mean - half, mean + half]

@@ -1,0 +1,44 @@
+"""The theorem's chain, gap <= W <= L2, measured over a run's training with an exact plan.
+
+    python -m experiments.bound --run=runs/digits-cw2-0
+
+Trains the run's two students again (its checkpoints are of the end alone) and measures the chain
+on test images before, during and after: bound.png and bound.json in its folder. The real
+classifiers' gap of cross-entropies is drawn below it; the theorem does not cover that one.
+"""
+
+import dataclasses
+from typing import Annotated
+
+from experiments._common.cli import UsageError, main
+from experiments._common.cli import _optional as optional
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """Which run, and how finely."""
+
+    run: str
+    """The folder of a finished run."""
+    points: int = 8
+    """Moments of the training to look at, beside its beginning."""
+    examples: int = 300
+    """Test images, the first ones."""
+    data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
+    """Folder of tensorflow-datasets."""
+
+
+def run(settings: Bound) -> None:
+    """Train again, measure, draw."""
+    from experiments._common import bound, restore
+
+    for flag, value in (("--points", settings.points), ("--examples", settings.examples)):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")
+    found = restore.finished(settings.run, settings.data_dir)
+    print(bound.write(settings.run, found, settings.points, settings.examples))
+    print(f"\nFigure: {settings.run}/bound.png")
+
+
+if __name__ == "__main__":
+    main(Bound(run=""), run, module="experiments.bound", description=__doc__)

@@ -1,0 +1,43 @@
+"""Teacher and student features on test images in the plane, before and after distillation.
+
+    python -m experiments.features --run=runs/digits-cw2-0
+
+Takes the networks from a finished run's checkpoints; writes features.png (PCA of the teacher's
+features; t-SNE of all three networks' together) and features.json (silhouette of the classes,
+exact squared distances to the teacher) into its folder.
+"""
+
+import dataclasses
+from typing import Annotated
+
+from experiments._common.cli import UsageError, main
+from experiments._common.cli import _optional as optional
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Which run, and how many of its test images."""
+
+    run: str
+    """The folder of a finished run."""
+    examples: int = 500
+    """Test images, the first ones; of data sets with more than 10 classes those of 10."""
+    seed: int = 0
+    """Of t-SNE."""
+    data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
+    """Folder of tensorflow-datasets."""
+
+
+def run(settings: Features) -> None:
+    """Restore, embed, measure."""
+    from experiments._common import features, restore
+
+    if settings.examples < 20:
+        raise UsageError(f"--examples must be at least 20, got {settings.examples}")
+    found = restore.finished(settings.run, settings.data_dir)
+    print(features.write(settings.run, found, settings.examples, settings.seed))
+    print(f"\nFigure: {settings.run}/features.png")
+
+
+if __name__ == "__main__":
+    main(Features(run=""), run, module="experiments.features", description=__doc__)

@@ -1,0 +1,45 @@
+"""The paper's table: teacher, student alone and each metric, over seeds, with intervals.
+
+    python -m experiments.table --dataset digits --metrics w2 cw2 jw2 kd=0.9
+
+Every seed has its own teacher and student alone, which all metrics share: differences are paired.
+Writes table.md, table.tex, table.png and table.json beside the cells, which are run folders. What
+is finished there is reused, so the same command continues an interrupted table.
+"""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from experiments._common.cli import _optional as optional
+from experiments._common.cli import main
+from experiments._common.grid import Grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What the table has in it."""
+
+    dataset: tuple[str, ...] = ("digits",)
+    """Data sets, the columns: digits, mnist, svhn, cifar10, cifar100."""
+    metrics: tuple[str, ...] = ("w2", "cw2", "jw2", "gaussian-w2", "gaussian-cw2", "gaussian-kl")
+    """The rows, as in the mains; NAME=LAMBDA gives one its own weight: kd=0.9, kd+cw2=0.9,1e-3.
+    The teacher and the student alone (none) are always there."""
+    coef: Annotated[str | None, optional("FLOAT", "the data set's own main")] = None
+    """Lambda of all metrics without their own."""
+    grid: tyro.conf.OmitArgPrefixes[Grid] = dataclasses.field(default_factory=Grid)
+
+
+def run(settings: Table) -> None:
+    """Train what is missing, then write and print the table."""
+    from experiments._common import grid, table
+
+    cells = grid.cells(settings.grid, settings.dataset, settings.metrics, settings.coef)
+    sizes = grid.train(settings.grid, cells)
+    print(f"\n{table.write(settings.grid.out, cells, sizes)}\n\n{table.CAVEAT}")
+    print(f"\nTable: {settings.grid.out}/table.md")
+
+
+if __name__ == "__main__":
+    main(Table(), run, module="experiments.table", description=__doc__)

@@ -1,0 +1,47 @@
+"""Accuracy and both losses against lambda: how strongly should the student be pulled?
+
+    python -m experiments.tradeoff --dataset=digits --metric=cw2 --coefs 1e-4 1e-3 1e-2 auto:0.1
+
+Runs each lambda over the same seeds as the table, and from the same cells: what is finished under
+--out is reused. auto:RATIO tracks the gradients (see kd2m_jax.make_train_step).
+"""
+
+import dataclasses
+
+import tyro
+
+from experiments._common.cli import main
+from experiments._common.grid import Grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Tradeoff:
+    """Which lambdas of which metric."""
+
+    dataset: str = "digits"
+    """digits, mnist, svhn, cifar10 or cifar100."""
+    metric: str = "cw2"
+    """The distance, as in the mains."""
+    coefs: tuple[str, ...] = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "auto:0.1")
+    """Values of lambda, > 0, or auto:RATIO."""
+    grid: tyro.conf.OmitArgPrefixes[Grid] = dataclasses.field(default_factory=Grid)
+
+
+def run(settings: Tradeoff) -> None:
+    """Train what is missing, then write and print the trade-off."""
+    from experiments._common import grid, tradeoff
+    from experiments._common.cli import UsageError
+
+    metrics = tuple(f"{settings.metric}={coef}" for coef in settings.coefs)
+    cells = grid.cells(settings.grid, (settings.dataset,), metrics)
+    if any(c.settings.distillation.coef == "0" and c.label != grid.ALONE for c in cells):
+        raise UsageError("--coefs must be > 0, for a logarithmic axis: the student alone is 0")
+    grid.train(settings.grid, cells)
+    name = f"tradeoff-{settings.dataset}-{settings.metric}"
+    title = f"{settings.dataset}: {settings.metric} against λ"
+    print(f"\n{tradeoff.write(settings.grid.out, cells, title, name)}")
+    print(f"\nFigure: {settings.grid.out}/{name}.png")
+
+
+if __name__ == "__main__":
+    main(Tradeoff(), run, module="experiments.tradeoff", description=__doc__)
