@@ -126,5 +126,7 @@ def _figure(path: pathlib.Path, found: dict) -> None:
         axes[0].axhline(found[phase]["mean"], color=colour, linewidth=1, label=title)
         if phase == "alone" and found[phase]["interval"]:
             axes[0].axhspan(*found[phase]["interval"], color=colour, alpha=0.15, linewidth=0)
-    axes[0].legend(frameon=False, fontsize=7)
+    # Where there is room: the distance falls with lambda.
+    handles = axes[0].get_legend_handles_labels()
+    axes[2].legend(*handles, loc="upper right", frameon=False, fontsize=8)
     figures.finish(figure, path)
