@@ -37,7 +37,7 @@ def run(settings: Tradeoff) -> None:
     if any(c.settings.distillation.coef == "0" and c.label != grid.ALONE for c in cells):
         raise UsageError("--coefs must be > 0, for a logarithmic axis: the student alone is 0")
     grid.train(settings.grid, cells)
-    name = f"tradeoff-{settings.dataset}-{settings.metric}"
+    name = f"tradeoff-{settings.dataset}-{settings.metric}".replace(":", "-")
     title = f"{settings.dataset}: {settings.metric} against λ"
     print(f"\n{tradeoff.write(settings.grid.out, cells, title, name)}")
     print(f"\nFigure: {settings.grid.out}/{name}.png")

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pathlib
+import re
 from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
@@ -14,6 +15,10 @@ from experiments._common.folder import read_metrics
 
 ALONE = "none"
 _MAINS = "the data set's own main"
+# A metric, or several with a plus, each with its options (jw2:beta=0.5), and lambda after an
+# equals sign of its own.
+_TERM = r"[^:=+]+(?::[^:=+]+=[^:=+]+)*"
+_ITEM = rf"({_TERM}(?:\+{_TERM})*)(?:=(.+))?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +89,11 @@ def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = No
         raise UsageError(f"unknown data set {dataset!r}: one of {', '.join(DATASETS)}")
     module = DATASETS[dataset].experiment.split()[0]
     main: Settings = importlib.import_module(module).DEFAULTS
-    name, _, own = metric.partition("=")
-    name, default = name.replace("_", "-").lower(), main.distillation.coef
+    found = re.fullmatch(_ITEM, metric)
+    name, own = found.groups() if found else (metric, None)
+    default = main.distillation.coef
+    if ":" not in name:
+        name = name.replace("_", "-").lower()
     weights, default = _weights(own or coef or default), _weights(default)
     if name == ALONE:  # lambda and the weight of the labels are no settings of its
         label, distillation = name, Distillation(metric=name, coef="0")

@@ -88,8 +88,9 @@ def outputs(model: nnx.Module, dataset: Dataset, images: np.ndarray) -> Outputs:
         return out.features, out.logits
 
     parts = [apply(model, jnp.asarray(images[i : i + 500])) for i in range(0, len(images), 500)]
-    features, logits = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-    return Outputs(features, logits)
+    # By way of the host: a network that `fit` trained lies on all devices, a restored one on one.
+    features, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Outputs(jnp.asarray(features), jnp.asarray(logits))
 
 
 def same_size(out: dict[str, Outputs]) -> None:

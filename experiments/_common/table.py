@@ -59,7 +59,8 @@ def write(out: str | pathlib.Path, cells: list[Cell], sizes: dict[str, dict[str,
 def _dataset(cells: list[Cell], name: str, examples: dict[str, int]) -> dict:
     """All numbers of one data set."""
     config = json.loads((cells[0].path / "config.json").read_text())
-    own = [c.settings.distillation.coef for c in cells if c.label != ALONE and "=" not in c.label]
+    metrics = [(c.label, c.settings.distillation) for c in cells if c.label != ALONE]
+    own = [d.coef for label, d in metrics if label == d.metric]
     epochs = {"teacher": [scores(c.path, "teacher") for c in cells if c.label == ALONE]}
     for cell in cells:
         phase = "student" if cell.label == ALONE else "distilled"

@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from experiments._common import figures, intervals, report
 from experiments._common.folder import read_metrics
@@ -36,8 +37,8 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
             coef: {
                 "accuracy": intervals.summary(values),
                 "difference": differences[coef],
-                # What lambda was: a number, or the geometric mean of what it was tracked to.
-                "lambda": float(np.exp(np.mean([np.log(x["coef"]) for x in losses[coef]]))),
+                # What lambda was: a number, or its geometric mean over training where tracked.
+                "lambda": float(np.exp(np.mean([x["log_coef"] for x in losses[coef]]))),
                 **{key: intervals.summary([x[key] for x in losses[coef]])
                    for key in ("task_loss", "distillation_loss")},
             }
@@ -49,6 +50,7 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
         f"{len(alone)} seeds, paired with their student alone "
         f"({_mean(found['alone'])}%; teacher {_mean(found['teacher'])}%). Accuracy of the last "
         "epoch over all test examples; losses are means of the last epoch's training records; "
+        "λ of auto is its geometric mean over training; "
         f"95% t-intervals; p is adjusted for {len(rows) - 1} comparisons (Holm). To pick the best "
         "λ from this table is to pick it on the test set."
     )
@@ -61,18 +63,19 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
 
 
 def _last_epoch(path: pathlib.Path) -> dict[str, float]:
-    """Means of both losses and of lambda over the records of the last epoch."""
+    """Means of both losses over the last epoch's records, and lambda's logarithm over all."""
     lines = [line for line in read_metrics(path) if line["phase"] == "distilled"]
     last = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
-    keys = ("task_loss", "distillation_loss", "coef")
-    return {key: float(np.mean([line[key] for line in last])) for key in keys}
+    found = {k: np.mean([line[k] for line in last]) for k in ("task_loss", "distillation_loss")}
+    found["log_coef"] = np.mean([np.log(line["coef"]) for line in lines])
+    return {key: float(value) for key, value in found.items()}
 
 
 def _row(coef: str, found: dict) -> tuple[str, ...]:
     d = found["difference"]
     interval = d["interval"]
     return (
-        coef if not coef.startswith("auto") else f"{coef} ({found['lambda']:.2g})",
+        coef if not coef.startswith("auto") else f"{coef} (mean {found['lambda']:.2g})",
         _mean(found["accuracy"]),
         f"{d['mean']:+.2f}",
         f"[{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "unknown",
@@ -92,7 +95,7 @@ def _figure(path: pathlib.Path, found: dict) -> None:
     panels = (
         ("accuracy", "test accuracy (%)"),
         ("task_loss", "cross-entropy, training (nats)"),
-        ("distillation_loss", "distance, training"),
+        ("distillation_loss", "distance to the teacher, training"),
     )
     figure, axes = figures.plt.subplots(1, 3, figsize=(10, 3.2))
     for axis, (key, label) in zip(axes, panels, strict=True):
@@ -111,7 +114,10 @@ def _figure(path: pathlib.Path, found: dict) -> None:
                 axis.plot(x, summary["mean"], marker, color=colour, markersize=5, label=title)
             if not auto:
                 axis.plot([x for x, _ in points], [s["mean"] for _, s in points], color=colour)
+        shown = [row["lambda"] for row in found["coefs"].values()]
         axis.set_xscale("log")
+        axis.set_xlim(min(shown) / 3, 3 * max(shown))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("λ")
         axis.set_ylabel(label)
     for phase in ("teacher", "alone"):
@@ -120,5 +126,7 @@ def _figure(path: pathlib.Path, found: dict) -> None:
         axes[0].axhline(found[phase]["mean"], color=colour, linewidth=1, label=title)
         if phase == "alone" and found[phase]["interval"]:
             axes[0].axhspan(*found[phase]["interval"], color=colour, alpha=0.15, linewidth=0)
-    axes[0].legend(frameon=False, fontsize=7)
+    # Where there is room: the distance falls with lambda.
+    handles = axes[0].get_legend_handles_labels()
+    axes[2].legend(*handles, loc="upper right", frameon=False, fontsize=8)
     figures.finish(figure, path)

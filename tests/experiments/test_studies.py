@@ -33,10 +33,10 @@ def finished_run(monkeypatch, tmp_path):
 def test_the_tradeoff_over_two_lambdas_and_auto(monkeypatch, capsys, tmp_path):
     flags = [*TINY, "--max-steps=3", "--seeds=2", "--metric=l2", f"--out={tmp_path}"]
     default = tradeoff.Tradeoff()
-    in_process(monkeypatch, tradeoff, default, *flags, "--coefs", "1e-3", "1", "auto:0.3")
+    in_process(monkeypatch, tradeoff, default, *flags, "--coefs", "1", "auto:0.3")
     found = json.loads((tmp_path / "tradeoff-digits-l2.json").read_text())
-    assert list(found["coefs"]) == ["0.001", "1", "auto:0.3"]
-    for coef, folder in (("0.001", "l2"), ("1", "l2=1"), ("auto:0.3", "l2=auto-0.3")):
+    assert list(found["coefs"]) == ["1", "auto:0.3"]
+    for coef, folder in (("1", "l2=1"), ("auto:0.3", "l2=auto-0.3")):
         runs = [read_metrics(tmp_path / "digits" / f"seed{k}" / folder) for k in range(2)]
         last = [[line for line in lines if line["phase"] == "distilled"][-1] for lines in runs]
         mean = {key: np.mean([line[key] for line in last]) for key in last[0] if key != "phase"}
@@ -49,7 +49,7 @@ def test_the_tradeoff_over_two_lambdas_and_auto(monkeypatch, capsys, tmp_path):
     assert found["coefs"]["1"]["lambda"] == pytest.approx(1)
     assert (tmp_path / "tradeoff-digits-l2.png").stat().st_size > 10_000
     text = (tmp_path / "tradeoff-digits-l2.md").read_text()
-    assert "| 0.001 |" in text and "| auto:0.3 (" in text and "Holm" in text
+    assert "| 1 |" in text and "| auto:0.3 (" in text and "Holm" in text
     with pytest.raises(SystemExit):
         in_process(monkeypatch, tradeoff, default, *flags, "--coefs", "0")
     assert "--coefs must be > 0" in capsys.readouterr().err

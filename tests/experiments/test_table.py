@@ -103,6 +103,22 @@ def test_one_seed_has_no_interval(monkeypatch, capsys, tmp_path):
     assert row["last"]["sd"] is None and row["difference"]["interval"] is None
 
 
+@pytest.mark.parametrize(
+    ("metric", "name", "coef"),
+    [
+        ("gaussian_w2", "gaussian-w2", "0.001"),
+        ("w2@logits=2", "w2@logits", "2"),
+        ("jw2:label_cost=kl", "jw2:label_cost=kl", "0.001"),
+        ("jw2:label_cost=kl:beta=0.5=1e-2", "jw2:label_cost=kl:beta=0.5", "0.01"),
+        ("kd:temperature=2+cw2=0.9,1e-3", "kd:temperature=2+cw2", "0.9,0.001"),
+        ("cw2=auto:0.3", "cw2", "auto:0.3"),
+    ],
+)
+def test_a_metric_is_told_from_its_lambda(metric, name, coef):
+    distillation = cell(Grid(), "digits", metric, 0).settings.distillation
+    assert (distillation.metric, distillation.coef) == (name, coef)
+
+
 def test_cells_follow_the_main_of_their_data_set():
     grid = Grid(epochs=7, task_coef=0.5, out="somewhere")
     digits, cifar = (cell(grid, name, "cw2", 3) for name in ("digits", "cifar100"))
