@@ -9,10 +9,9 @@ minutes, step 4, start 2.
 """
 
 import dataclasses
-import sys
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
+from experiments._common.cli import UsageError, _optional, main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +22,22 @@ class Bench:
     """peers: w2 and cw2 against torch + POT and ott-jax; classes: 10 classes against 1,000;
     gaussian: gaussian_w2 against d x d eigendecompositions; growth: time and memory against n and
     d; step: what a metric adds to a training step; start: from the command to the first step."""
-    repeats: int | None = None
-    """Measurements of each time; the suite's own number by default. Start measures once."""
+    repeats: Annotated[int | None, _optional("INT", "the suite's own")] = None
+    """Measurements of each time, fewer where they take long."""
     out: str = "runs/bench"
     """Folder for JSON and plots."""
 
 
 def run(settings: Bench) -> None:
     """Measure, print and write."""
-    from experiments._common import bench, bench_growth, bench_losses, bench_peers
-    from experiments._common import bench_start, bench_step
+    from experiments._common import (
+        bench,
+        bench_growth,
+        bench_losses,
+        bench_peers,
+        bench_start,
+        bench_step,
+    )
 
     suites = {
         "peers": bench_peers.peers,
@@ -42,6 +47,8 @@ def run(settings: Bench) -> None:
         "step": bench_step.step,
         "start": bench_start.start,
     }
+    if settings.repeats is not None and settings.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {settings.repeats}")
     repeats = {} if settings.repeats is None else {"repeats": settings.repeats}
     rows, notes = suites[settings.suite](settings.out, **repeats)
     print("\n".join([bench.text_table(rows), *notes]))
@@ -49,7 +56,4 @@ def run(settings: Bench) -> None:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Bench, prog="python -m experiments.bench", description=__doc__)
-    if settings.repeats is not None and settings.repeats < 1:
-        sys.exit(fail(f"--repeats must be at least 1, got {settings.repeats}"))
-    run(settings)
+    main(Bench(), run, module="experiments.bench", description=__doc__)

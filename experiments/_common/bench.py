@@ -69,7 +69,7 @@ class Case:
     run: Callable[[], object]
 
 
-def measure(cases: Sequence[Case], repeats: int, seconds: float = 20.0) -> list[dict]:
+def measure(cases: Sequence[Case], repeats: int, seconds: float = 12.0) -> list[dict]:
     """The cases' columns with median and quartiles of their times, in milliseconds.
 
     They run in turn, so that a slow moment of the machine hits them all, after one round that

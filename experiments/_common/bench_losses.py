@@ -75,27 +75,25 @@ def eigh_gaussian_w2(z_s: jax.Array, z_t: jax.Array) -> jax.Array:
     ``d Tr((S^1/2 Q S^1/2)^1/2) = Tr(T dS) / 2`` with T the transport map between the Gaussians.
     Differentiating through eigh instead gives NaN, for eigenvalues repeat when n <= d.
     """
-
-    def root(matrix, power):
-        values, vectors = jnp.linalg.eigh(matrix)
-        kept = values > 1e-6 * values[-1]
-        values = jnp.where(kept, jnp.where(kept, values, 1) ** power, 0)
-        return jnp.matmul(vectors * values[None, :], vectors.T, precision="highest"), vectors
-
     means = jnp.sum((z_s.mean(0) - z_t.mean(0)) ** 2)
     x, y = z_s - z_s.mean(0, keepdims=True), z_t - z_t.mean(0, keepdims=True)
     cov_s, cov_t = (jnp.matmul(z.T, z, precision="highest") / len(z) for z in (x, y))
     fixed_s, fixed_t = jax.lax.stop_gradient((cov_s, cov_t))
-    values, vectors = jnp.linalg.eigh(fixed_s)
-    kept = values > 1e-6 * values[-1]
-    scale = jnp.sqrt(jnp.where(kept, values, 1))
-    half = (vectors * jnp.where(kept, scale, 0)[None, :]) @ vectors.T
-    inverse = (vectors * jnp.where(kept, 1 / scale, 0)[None, :]) @ vectors.T
-    middle, _ = root(half @ fixed_t @ half, 0.5)
-    trace = jnp.trace(middle)
-    slope = jnp.sum(inverse @ middle @ inverse * cov_s) / 2
-    inner = trace + slope - jax.lax.stop_gradient(slope)
+    root, inverse = _powers(fixed_s, 0.5, -0.5)
+    [middle] = _powers(jnp.linalg.multi_dot([root, fixed_t, root], precision="highest"), 0.5)
+    slope = jnp.linalg.multi_dot([inverse, middle, inverse], precision="highest")
+    linear = jnp.sum(slope * cov_s) / 2
+    inner = jnp.trace(middle) + linear - jax.lax.stop_gradient(linear)
     return means + jnp.trace(cov_s) + jnp.trace(cov_t) - 2 * inner
+
+
+def _powers(matrix: jax.Array, *powers: float) -> list[jax.Array]:
+    """Powers of a positive semi-definite matrix on its range."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    kept = values > 1e-6 * values[-1]
+    values = jnp.where(kept, values, 1)
+    scaled = [vectors * jnp.where(kept, values**power, 0)[None, :] for power in powers]
+    return [jnp.matmul(vs, vectors.T, precision="highest") for vs in scaled]
 
 
 def newton_schulz(k: jax.Array, steps: int = 30) -> jax.Array:

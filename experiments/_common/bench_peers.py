@@ -11,9 +11,7 @@ import numpy as np
 from experiments._common import bench
 from kd2m_jax import losses
 
-NO_TORCH = (
-    "torch is not installed, so its rows are left out: uv pip install --group bench adds it."
-)
+NO_TORCH = "torch is not installed, so its rows are left out: pip install --group bench adds it."
 LIMIT = 0.01
 # The padded peer holds K n x n matrices, several times over.
 PADDED_ENTRIES = 30_000_000
@@ -65,7 +63,11 @@ def judge(plan, value, exact: float, weight=None) -> dict:
     off = float(value) / exact - 1
     error = np.abs(plan.sum(1) - rows).sum() + np.abs(plan.sum(0) - columns).sum()
     right = abs(off) <= LIMIT and error <= LIMIT
-    return {"cost": f"{100 * off:+.2f}%", "marginals": float(error), "": "" if right else "WRONG"}
+    return {
+        "cost": f"{100 * off:+.2f}%",
+        "marginals": float(error),
+        "answer": "right" if right else "WRONG",
+    }
 
 
 def exact_w2(x: np.ndarray, y: np.ndarray) -> float:
@@ -137,7 +139,7 @@ def plain_ott(z_s: jax.Array, z_t: jax.Array):
 
 
 def padded_classes(z_s: jax.Array, z_t: jax.Array, labels: jax.Array, count: int):
-    """vmap over classes; a class may fill the batch, so each is padded to it."""
+    """Vmap over classes; a class may fill the batch, so each is padded to it."""
     from ott.geometry import geometry
     from ott.solvers import linear
 
