@@ -72,19 +72,24 @@ def textbook_gaussian_w2(x: np.ndarray, y: np.ndarray) -> float:
 def eigh_gaussian_w2(z_s: jax.Array, z_t: jax.Array) -> jax.Array:
     """The textbook form in JAX, with the derivative of the trace term in closed form.
 
-    ``d Tr((S^1/2 Q S^1/2)^1/2) = Tr(T dS) / 2`` with T the transport map between the Gaussians.
-    Differentiating through eigh instead gives NaN, for eigenvalues repeat when n <= d.
+    With A = S^1/2 and centred rows X that of ``Tr((A Q A)^1/2)`` is
+    ``X A^-1 (A Q A)^-1/2 A Q / n``, inverses on the range. Differentiating through eigh instead gives NaN, for eigenvalues repeat
+    when n <= d.
     """
     means = jnp.sum((z_s.mean(0) - z_t.mean(0)) ** 2)
     x, y = z_s - z_s.mean(0, keepdims=True), z_t - z_t.mean(0, keepdims=True)
     cov_s, cov_t = (jnp.matmul(z.T, z, precision="highest") / len(z) for z in (x, y))
-    fixed_s, fixed_t = jax.lax.stop_gradient((cov_s, cov_t))
-    root, inverse = _powers(fixed_s, 0.5, -0.5)
-    [middle] = _powers(jnp.linalg.multi_dot([root, fixed_t, root], precision="highest"), 0.5)
-    slope = jnp.linalg.multi_dot([inverse, middle, inverse], precision="highest")
-    linear = jnp.sum(slope * cov_s) / 2
+    fixed, q = jax.lax.stop_gradient((cov_s, cov_t))
+    a, a_inverse = _powers(fixed, 0.5, -0.5)
+    middle, inverse = _powers(_product(a, q, a), 0.5, -0.5)
+    slope = jax.lax.stop_gradient(_product(x, a_inverse, inverse, a, q)) / len(x)
+    linear = jnp.sum(slope * x)
     inner = jnp.trace(middle) + linear - jax.lax.stop_gradient(linear)
     return means + jnp.trace(cov_s) + jnp.trace(cov_t) - 2 * inner
+
+
+def _product(*matrices: jax.Array) -> jax.Array:
+    return jnp.linalg.multi_dot(list(matrices), precision="highest")
 
 
 def _powers(matrix: jax.Array, *powers: float) -> list[jax.Array]:
