@@ -73,8 +73,8 @@ def eigh_gaussian_w2(z_s: jax.Array, z_t: jax.Array) -> jax.Array:
     """The textbook form in JAX, with the derivative of the trace term in closed form.
 
     With A = S^1/2 and centred rows X that of ``Tr((A Q A)^1/2)`` is
-    ``X A^-1 (A Q A)^-1/2 A Q / n``, inverses on the range. Differentiating through eigh instead gives NaN, for eigenvalues repeat
-    when n <= d.
+    ``X A^-1 (A Q A)^-1/2 A Q / n``, inverses on the range. Differentiating through
+    eigh instead gives NaN, for eigenvalues repeat when n <= d.
     """
     means = jnp.sum((z_s.mean(0) - z_t.mean(0)) ** 2)
     x, y = z_s - z_s.mean(0, keepdims=True), z_t - z_t.mean(0, keepdims=True)
