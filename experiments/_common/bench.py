@@ -69,7 +69,7 @@ class Case:
     run: Callable[[], object]
 
 
-def measure(cases: Sequence[Case], repeats: int, seconds: float = 12.0) -> list[dict]:
+def measure(cases: Sequence[Case], repeats: int, seconds: float = 6.0) -> list[dict]:
     """The cases' columns with median and quartiles of their times, in milliseconds.
 
     They run in turn, so that a slow moment of the machine hits them all, after one round that
@@ -155,17 +155,31 @@ def write(out: str | pathlib.Path, suite: str, rows: Sequence[dict], notes: Sequ
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def log_log(panels: dict[str, dict[str, list]], path: pathlib.Path, x: str, y: str) -> None:
-    """Plot cost against size: ``{panel: {line: [(x, y), ...]}}``, axes logarithmic."""
+def log_log(
+    panels: dict[str, dict[str, list]], path: pathlib.Path, x: str, y: str, *, share: bool = False
+) -> None:
+    """Plot cost against size: ``{panel: {line: [(x, y, right), ...]}}``, axes logarithmic.
+
+    Points of wrong answers are hollow. ``share`` gives the panels one vertical scale.
+    """
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 3.8), squeeze=False, layout="constrained"
+        1,
+        len(panels),
+        figsize=(4 * len(panels), 3.8),
+        squeeze=False,
+        sharey=share,
+        layout="constrained",
     )
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, points in lines.items():
             colour, marker = STYLES[names.index(name) % len(STYLES)]
-            xs, ys = zip(*sorted(points), strict=True)
+            xs, ys, right = zip(*sorted(points), strict=True)
             axis.loglog(xs, ys, color=colour, marker=marker, markersize=5, label=name)
+            wrong = [(x, y) for x, y, fine in zip(xs, ys, right, strict=True) if not fine]
+            if wrong:
+                hollow = {"color": colour, "markerfacecolor": "white", "linestyle": "none"}
+                axis.plot(*zip(*wrong, strict=True), marker=marker, markersize=6, **hollow)
         sizes = sorted({point[0] for points in lines.values() for point in points})
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.minorticks_off()

@@ -41,7 +41,9 @@ def growth(
     for axis, fixed in (("n", ("d", d_fixed)), ("d", ("n", n_fixed))):
         group = [row for row in rows if row[fixed[0]] == fixed[1]]
         panels = {
-            title: {m: [(r[axis], r[key]) for r in group if r["metric"] == m] for m in METRICS}
+            title: {
+                m: [(r[axis], r[key], True) for r in group if r["metric"] == m] for m in METRICS
+            }
             for title, key in (("time, ms", "ms"), ("peak memory, MiB", "peak MiB"))
             if all(row.get(key) for row in group)
         }

@@ -43,7 +43,7 @@ def step(
             bench.Case({**name, "metric": metric}, _step(teacher, student, shape, batch, metric))
             for metric in ("none", *metrics)
         ]
-        rows += (timed := bench.ratios(bench.measure(cases, repeats, 60.0)))
+        rows += (timed := bench.ratios(bench.measure(cases, repeats, 30.0)))
         worst = max(timed, key=lambda row: row["ratio"])
         notes.append(f"{teacher} to {student}: at most {worst['ratio']:.2f} ({worst['metric']})")
     return rows, notes
