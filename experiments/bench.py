@@ -1,50 +1,59 @@
-"""What the losses cost, forward and backward, measured side by side on this machine.
+"""What the losses cost, measured on this machine beside what a user would run instead.
 
-    python -m experiments.bench
+    python -m experiments.bench --suite=peers
 
-How much 100 classes cost over 10: the conditional losses are one masked problem, so nearly
-nothing. Times in milliseconds, float32; the ratio is to the first row of the metric.
+Each suite prints a table (times in milliseconds: median and quartiles, runs in turn) and writes
+SUITE.json, with machine, versions and date, and where costs grow with size a log-log plot into
+--out. On two CPU cores: peers 3 minutes, classes and gaussian half a minute each, growth 3
+minutes, step 4, start 2.
 """
 
 import dataclasses
-import json
-import pathlib
+from typing import Annotated, Literal
 
-import tyro
+from experiments._common.cli import UsageError, _optional, main
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """The size of the problem."""
+    """What to measure."""
 
-    n: int = 256
-    """Samples in a batch."""
-    d: int = 512
-    """Features of a sample."""
-    classes: tuple[int, ...] = (10, 100)
-    """Numbers of classes to compare."""
-    repeats: int = 30
-    """Measurements of each; the median counts."""
-    out: str | None = None
-    """Write the rows to this JSON file as well."""
+    suite: Literal["peers", "classes", "gaussian", "growth", "step", "start"] = "peers"
+    """peers: w2 and cw2 against torch + POT and ott-jax; classes: 10 classes against 1,000;
+    gaussian: gaussian_w2 against d x d eigendecompositions; growth: time and memory against n and
+    d; step: what a metric adds to a training step; start: from the command to the first step."""
+    repeats: Annotated[int | None, _optional("INT", "the suite's own")] = None
+    """Measurements of each time, fewer where they take long."""
+    out: str = "runs/bench"
+    """Folder for JSON and plots."""
 
 
 def run(settings: Bench) -> None:
-    """Measure and print."""
-    from experiments._common import bench
-
-    rows = bench.class_count(
-        ("cw2", "gaussian-cw2", "gaussian-ckl"),
-        settings.classes,
-        settings.n,
-        settings.d,
-        settings.repeats,
+    """Measure, print and write."""
+    from experiments._common import (
+        bench,
+        bench_growth,
+        bench_losses,
+        bench_peers,
+        bench_start,
+        bench_step,
     )
-    print(f"n = {settings.n}, d = {settings.d}, forward and backward, milliseconds")
-    print(bench.text_table(rows))
-    if settings.out:
-        pathlib.Path(settings.out).write_text(json.dumps(rows, indent=2) + "\n")
+
+    suites = {
+        "peers": bench_peers.peers,
+        "classes": bench_losses.classes,
+        "gaussian": bench_losses.gaussian,
+        "growth": bench_growth.growth,
+        "step": bench_step.step,
+        "start": bench_start.start,
+    }
+    if settings.repeats is not None and settings.repeats < 1:
+        raise UsageError(f"--repeats must be at least 1, got {settings.repeats}")
+    repeats = {} if settings.repeats is None else {"repeats": settings.repeats}
+    rows, notes = suites[settings.suite](settings.out, **repeats)
+    print("\n".join([bench.text_table(rows), *notes]))
+    bench.write(settings.out, settings.suite, rows, notes)
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Bench, prog="python -m experiments.bench", description=__doc__))
+    main(Bench(), run, module="experiments.bench", description=__doc__)

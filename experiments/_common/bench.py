@@ -1,89 +1,193 @@
-"""Timing losses side by side: alternating, forward and backward, medians with spread."""
+"""Measuring side by side: clouds to measure on, times in turn, a table, JSON and a plot."""
 
 import dataclasses
-import statistics
+import datetime
+import importlib.metadata
+import json
+import operator
+import os
+import pathlib
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 
-from kd2m_jax import Outputs, losses
+# Okabe and Ito's colours, distinct for colour-blind readers, each with a marker of its own.
+STYLES = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#E69F00", "^"),
+    ("#009E73", "D"),
+    ("#CC79A7", "v"),
+    ("#56B4E9", "P"),
+    ("#000000", "x"),
+)
+KINDS = ("related", "clustered", "unrelated")
+PAUSE = 0.01  # seconds
+PACKAGES = ("jax", "jaxlib", "ott-jax", "pot", "torch", "numpy")
+
+
+def clouds(kind: str, n: int, d: int, classes: int = 10, seed: int = 0):
+    """Student and teacher features ``[n, d]`` float32, and labels ``[n]``.
+
+    "related" is a half-trained student (the teacher's features plus noise), "clustered" has the
+    same classes around centres that moved, "unrelated" nothing in common but its spread.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % classes)
+    centres = rng.normal(size=(classes, d))
+    noise, other = rng.normal(size=(2, n, d))
+    if kind == "related":
+        teacher = centres[labels] + 0.5 * noise
+        student = teacher + 0.5 * other
+    elif kind == "clustered":
+        moved = centres + 0.1 * rng.normal(size=(classes, d))
+        student, teacher = moved[labels] + 0.15 * noise, centres[labels] + 0.15 * other
+    elif kind == "unrelated":
+        student, teacher = noise, other + 0.3
+    else:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return student.astype(np.float32), teacher.astype(np.float32), labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One loss on one input.
+    """One thing to time.
 
     Attributes:
-      metric: a name of ``losses.METRICS``.
-      classes: how many classes the batch has; 0 for a marginal loss.
-      run: calls it once, forward and backward, and waits for the result.
+      columns: what names it in the table, and what is known of it beside its time.
+      run: does it once and waits for the result.
     """
 
-    metric: str
-    classes: int
+    columns: dict
     run: Callable[[], object]
 
 
-def clouds(n: int, d: int, classes: int, seed: int):
-    """Student and teacher features of a half-trained student: ``[n, d]``, and labels ``[n]``."""
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % classes)
-    teacher = rng.normal(size=(classes, d))[labels] + 0.5 * rng.normal(size=(n, d))
-    student = teacher + 0.5 * rng.normal(size=(n, d))
-    return *(jnp.asarray(z, jnp.float32) for z in (student, teacher)), jnp.asarray(labels)
+def measure(cases: Sequence[Case], repeats: int, seconds: float = 6.0) -> list[dict]:
+    """The cases' columns with median and quartiles of their times, in milliseconds.
 
-
-def case(metric: str, n: int, d: int, classes: int, seed: int = 0) -> Case:
-    """Compile a loss and its gradient with respect to the student's features."""
-    z_s, z_t, labels = clouds(n, d, classes, seed)
-    distance = losses.get_metric(metric)
-
-    @jax.jit
-    def both(z_s):
-        return jax.value_and_grad(lambda z: distance(Outputs(z), Outputs(z_t), labels))(z_s)
-
-    jax.block_until_ready(both(z_s))
-    return Case(metric, classes, lambda: jax.block_until_ready(both(z_s)))
-
-
-def measure(cases: list[Case], repeats: int) -> list[dict]:
-    """Milliseconds of each case, measured in turn so that a slow moment hits them all."""
+    They run in turn, so that a slow moment of the machine hits them all, after one round that
+    does not count. ``seconds`` ends it early, after three rounds at least.
+    """
     times: list[list[float]] = [[] for _ in cases]
-    for _ in range(repeats):
+    for case in cases:
+        case.run()
+    end = time.perf_counter() + seconds
+    while len(times[0]) < repeats and (len(times[0]) < 3 or time.perf_counter() < end):
         for case, spent in zip(cases, times, strict=True):
+            # The thread pools of JAX and of torch spin for a while and slow each other down.
+            time.sleep(PAUSE)
             start = time.perf_counter()
             case.run()
             spent.append(1e3 * (time.perf_counter() - start))
-    return [
-        {
-            "metric": case.metric,
-            "classes": case.classes,
-            "median_ms": statistics.median(spent),
-            "min_ms": min(spent),
-            "max_ms": max(spent),
-        }
-        for case, spent in zip(cases, times, strict=True)
+    rows = []
+    for case, spent in zip(cases, times, strict=True):
+        q1, median, q3 = (float(q) for q in np.percentile(spent, [25, 50, 75]))
+        rows.append({**case.columns, "ms": median, "q1": q1, "q3": q3})
+    return rows
+
+
+def compiled(function: Callable, *arrays) -> Callable[[], object]:
+    """A scalar function and its gradient to the first array, as one program, ready to time."""
+    both = jax.jit(jax.value_and_grad(function)).lower(*arrays).compile()
+    return lambda: jax.block_until_ready(both(*arrays))
+
+
+def ratios(rows: list[dict], reference: Callable = operator.itemgetter(0)) -> list[dict]:
+    """The rows with each median over one of them: the first, or what ``reference`` picks."""
+    base = reference([row["ms"] for row in rows])
+    return [{**row, "ratio": row["ms"] / base} for row in rows]
+
+
+def text_table(rows: Sequence[dict]) -> str:
+    """The rows for a terminal, numbers to three digits; a dash where a row has no such column."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [header, *([_cell(row.get(key)) for key in header] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    left = [any(isinstance(row.get(key), str) for row in rows) for key in header]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if start else cell.rjust(width)
+            for cell, width, start in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in cells
     ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def class_count(metrics, counts, n: int, d: int, repeats: int) -> list[dict]:
-    """What the number of classes costs: the same batch cut into few and into many classes."""
-    results = []
-    for metric in metrics:
-        rows = measure([case(metric, n, d, k) for k in counts], repeats)
-        for row in rows:
-            row["ratio"] = row["median_ms"] / rows[0]["median_ms"]
-        results += rows
-    return results
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
 
 
-def text_table(rows: list[dict]) -> str:
-    """The rows for a terminal, times in milliseconds."""
-    lines = [f"{'metric':<14}{'classes':>8}{'median':>10}{'min':>10}{'max':>10}{'ratio':>8}"]
-    for row in rows:
-        numbers = "".join(f"{row[k]:>10.2f}" for k in ("median_ms", "min_ms", "max_ms"))
-        lines.append(f"{row['metric']:<14}{row['classes']:>8}{numbers}{row['ratio']:>8.2f}")
-    return "\n".join(lines)
+def machine() -> dict:
+    """Where and with what it was measured, and when."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def write(out: str | pathlib.Path, suite: str, rows: Sequence[dict], notes: Sequence[str]) -> None:
+    """Write a suite's rows with the machine they were measured on, as JSON."""
+    path = pathlib.Path(out) / f"{suite}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"suite": suite, **machine(), "notes": list(notes), "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def log_log(
+    panels: dict[str, dict[str, list]], path: pathlib.Path, x: str, y: str, *, share: bool = False
+) -> None:
+    """Plot cost against size: ``{panel: {line: [(x, y, right), ...]}}``, axes logarithmic.
+
+    Points of wrong answers are hollow. ``share`` gives the panels one vertical scale.
+    """
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(4 * len(panels), 3.8),
+        squeeze=False,
+        sharey=share,
+        layout="constrained",
+    )
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            colour, marker = STYLES[names.index(name) % len(STYLES)]
+            xs, ys, right = zip(*sorted(points), strict=True)
+            axis.loglog(xs, ys, color=colour, marker=marker, markersize=5, label=name)
+            wrong = [(x, y) for x, y, fine in zip(xs, ys, right, strict=True) if not fine]
+            if wrong:
+                hollow = {"color": colour, "markerfacecolor": "white", "linestyle": "none"}
+                axis.plot(*zip(*wrong, strict=True), marker=marker, markersize=6, **hollow)
+        sizes = sorted({point[0] for points in lines.values() for point in points})
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
+        axis.set(title=title, xlabel=x)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(y)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -117,15 +117,29 @@ def sinkhorn_plan(
         implicit_diff=None,
     )
     problem = linear_problem.LinearProblem(geometry.Geometry(cost, epsilon=schedule), a, b)
-    with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it, whatever the caller set
-        out = solver(problem, init=(dual.f / scale, dual.g / scale))
+
+    def iterate(f, g):
+        with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it, whatever the caller set
+            out = solver(problem, init=(f, g))
+        return out.g, jnp.asarray(out.converged), jnp.asarray(out.n_iters, jnp.int32)
+
+    def keep(f, g):
+        del f
+        return g, jnp.array(True), jnp.zeros((), jnp.int32)
+
+    # A student close to its teacher: the dual solution is optimal, and its plan has the right
+    # marginals as it is. To see that costs half an iteration, and saves 20.
+    f, g = dual.f / scale, dual.g / scale
+    plan = a[:, None] * jax.nn.softmax((g[None, :] - cost) / epsilon, axis=1)
+    error = jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b))
+    g, converged, n_iters = jax.lax.cond(error <= solver.threshold, keep, iterate, f, g)
     # One last plain update of the rows: over-relaxation leaves the total mass slightly off one.
-    kernel = (out.g[None, :] - cost) / epsilon
+    kernel = (g[None, :] - cost) / epsilon
     coupling = a[:, None] * jax.nn.softmax(kernel, axis=1)
     f = epsilon * (jnp.log(a) - logsumexp(kernel, axis=1))
     # With the mass at one, f and g are feasible duals: their value is second order in their error.
-    entropic = jnp.sum(scale * a * f) + jnp.sum(scale * b * out.g)
-    return TransportInfo(coupling, jnp.asarray(out.converged), jnp.asarray(out.n_iters)), entropic
+    entropic = jnp.sum(scale * a * f) + jnp.sum(scale * b * g)
+    return TransportInfo(coupling, converged, n_iters), entropic
 
 
 def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:

@@ -1,0 +1,92 @@
+"""Cold start: seconds from the command to the first step and to the end of experiments.digits.
+
+Run as a module it is one start: the time at which its parent began, then the flags.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+COLUMNS = ("imports", "first step", "end", "compiling")
+COMMAND = ("--metric=jw2",)
+COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+def start(
+    out: str, repeats: int = 1, flags: Sequence[str] = COMMAND
+) -> tuple[list[dict], list[str]]:
+    """Rows and notes: without a compilation cache, then twice with one that begins empty."""
+    del out  # no plot
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        # A cache is also what the experiments may set by themselves.
+        kinds = {
+            "no cache": {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+            "empty cache": cache,
+            "filled cache": cache,
+        }
+        runs = [
+            {"start": kind, **_one(more, [*flags, f"--out={folder}/{i}-{kind}/run"])}
+            for i in range(repeats)
+            for kind, more in kinds.items()
+        ]
+    rows = [
+        {"start": kind} | {column: _median(runs, kind, column) for column in COLUMNS}
+        for kind in kinds
+    ]
+    compiling = {row["start"]: row["compiling"] for row in rows}
+    share = compiling["filled cache"] / compiling["empty cache"]
+    return rows, [
+        "Seconds since the command; compiling as JAX counts it, cache look-ups included.",
+        f"The second start compiles for {share:.2f} of the first (target 0.33).",
+    ]
+
+
+def _median(runs: list[dict], kind: str, column: str) -> float:
+    return statistics.median(run[column] for run in runs if run["start"] == kind)
+
+
+def _one(environment: dict[str, str], flags: list[str]) -> dict:
+    command = [sys.executable, "-m", __name__, str(time.time()), *flags]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"experiments.digits failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _run(began: float, flags: list[str]) -> dict:
+    seconds = {"imports": 0.0, "first step": 0.0, "compiling": 0.0}
+
+    def note(event: str, duration: float, **_) -> None:
+        if event == COMPILE:
+            seconds["compiling"] += duration
+
+    def first_step(self, step, epoch, metrics):
+        if not seconds["first step"]:
+            jax.block_until_ready(metrics)
+            seconds["first step"] = time.time() - began
+        add(self, step, epoch, metrics)
+
+    import jax
+
+    from experiments import digits
+    from experiments._common import cli, train  # noqa: F401  (what the main loads later)
+    from kd2m_jax import _log
+
+    seconds["imports"] = time.time() - began
+    jax.monitoring.register_event_duration_secs_listener(note)
+    add, _log.Log.add = _log.Log.add, first_step
+    sys.argv = ["experiments.digits", *flags]
+    cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description=None)
+    return {**seconds, "end": time.time() - began}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(float(sys.argv[1]), sys.argv[2:])))
