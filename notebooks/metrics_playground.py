@@ -415,10 +415,11 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Squared distances grow like `r²/n` in the end: a single point may dominate the batch. The Gaussian ones first fall, since the student's cloud was too narrow for the
-# teacher's. `mmd-energy`, whose kernel is a distance, hardly notices. `mmd-rbf` even *falls*: by
-# default its bandwidth is the mean distance in the batch, which the outlier inflates, so that all
-# other differences blur.
+# Squared distances grow like `r²/n` in the end: a single point may dominate the batch. The
+# Gaussian distances first fall, since the student's cloud was too narrow for the teacher's.
+# `mmd-energy`, whose kernel is a distance, hardly notices. `mmd-rbf` even *falls*: by default its
+# bandwidth is the mean distance in the batch, which the outlier inflates, so that all other
+# differences blur.
 #
 # **Try:** `distance("mmd-rbf", bandwidth=3.0)`; `distance("l2")`, which is a mean over pairs.
 #

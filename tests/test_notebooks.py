@@ -93,10 +93,10 @@ def test_it_runs_and_makes_a_figure(name, tmp_path):
 
 
 def small(png):
-    """A PNG in base64 with 64 colours: a third of the bytes for line art."""
+    """A PNG in base64 with 256 colours: a third of the bytes for line art."""
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    image.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
