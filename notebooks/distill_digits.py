@@ -66,7 +66,7 @@ train, test = (split[0], split[2]), (split[1], split[3])
 # epoch's evaluation.
 
 # %%
-LAMBDA = 1e-3
+LAMBDA = 1e-2
 few, _ = train_test_split(
     np.arange(len(train[0])), train_size=300, random_state=0, stratify=train[1]
 )
@@ -94,7 +94,7 @@ def curves(name):
             distances.append(record.get("distillation_loss", np.nan))
             accuracy_line.set_data(epochs, accuracies)
             distance_line.set_data(epochs, distances)
-            if len(epochs) % 5 == 0:  # drawing takes longer than an epoch
+            if len(epochs) % 10 == 0:  # drawing takes longer than an epoch
                 for axis in (left, right):
                     axis.relim()
                     axis.autoscale_view(scaley=axis is right)
@@ -156,8 +156,8 @@ print(
 # The features of all test images, teacher's and students' in one embedding, so that their places
 # can be compared. Above, the two main directions of the teacher's features (PCA): a linear map,
 # in which distances keep their meaning but 62 directions are left out. Below, t-SNE of all
-# clouds at once, which keeps neighbours together and says nothing of distances. Discs are the
-# teacher's, triangles the student's, coloured by digit.
+# clouds at once, which keeps neighbours together and says little of larger distances. Each mark
+# is the digit that the image shows: the teacher's in blue, the student's in another colour.
 
 # %%
 SHOWN = slice(0, 200)
@@ -169,19 +169,21 @@ embeddings = {
     "PCA of the teacher": {name: pca.transform(z) for name, z in clouds.items()},
     "t-SNE": dict(zip(clouds, np.split(tsne, len(clouds)), strict=True)),
 }
-figure, axes = plt.subplots(2, 3, figsize=(8.4, 5.4), sharex="row", sharey="row")
+shown = {"untrained": "#000000", **{name: COLOURS[name] for name in ("student alone", "distilled")}}
+figure, axes = plt.subplots(2, 3, figsize=(8.4, 5.6), sharex="row", sharey="row")
 for row, (title, places) in zip(axes, embeddings.items(), strict=True):
     row[0].set_ylabel(title)
-    for axis, name in zip(row, ("untrained", "student alone", "distilled"), strict=True):
-        style = {"cmap": "tab10", "vmin": -0.5, "vmax": 9.5, "c": test[1][SHOWN]}
-        axis.scatter(*places["teacher"].T, s=16, alpha=0.35, linewidth=0, **style)
-        dots = axis.scatter(*places[name].T, s=16, marker="^", ec="k", lw=0.3, **style)
-        axis.set_title(name if row is axes[0] else "")
+    for axis, (name, colour) in zip(row, shown.items(), strict=True):
+        for digit in range(10):
+            which = test[1][SHOWN] == digit
+            style = {"marker": f"${digit}$", "s": 18, "linewidth": 0}
+            axis.scatter(*places["teacher"][which].T, c=COLOURS["teacher"], alpha=0.5, **style)
+            axis.scatter(*places[name][which].T, c=colour, alpha=0.7, **style)
+        axis.set_title(f"teacher and {name}" if row is axes[0] else "")
 figure.tight_layout()
-figure.colorbar(dots, ax=axes, ticks=range(10), label="digit", fraction=0.03)
 plt.show()
 
-for name in ("untrained", "student alone", "distilled"):
+for name in shown:
     z = clouds[name]
     w2, cw2 = losses.w2(z, clouds["teacher"]), losses.cw2(z, clouds["teacher"], test[1][SHOWN])
     print(f"{name:<14} w2 to the teacher {w2:6.1f}   cw2 {cw2:6.1f}   (squared distances)")

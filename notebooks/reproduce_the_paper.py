@@ -68,11 +68,11 @@ x = ((x - x.mean()) / x.std()).astype(np.float32)
 split = train_test_split(x, labels.astype(np.int32), test_size=450, random_state=0, stratify=labels)
 x, test_x, labels, test_labels = map(jnp.asarray, split)
 
-SEEDS, EPOCHS, BATCH = 5, 10, 64
+SEEDS, EPOCHS, BATCH = 5, 8, 64
 STEPS = len(x) // BATCH  # an epoch
 TEACHER, STUDENT = (256, 32), (12, 32)
-SWEEP = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)  # λ of cw2
-OTHERS = {"w2": 1e-3, "gaussian-w2": 1e-3}  # one λ each
+SWEEP = (0.0, 1e-3, 1e-2, 1e-1)  # λ of cw2
+OTHERS = {"gaussian-w2": 1e-3, "gaussian-cw2": 1e-3}  # one λ each
 
 
 def init(key, widths):
@@ -256,7 +256,9 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Bars and bands are one standard error of the mean over seeds. READ_TRADEOFF
+# Bars and bands are one standard error of the mean over seeds. A weak pull
+# changes little here, a strong one costs accuracy: the student then spends itself on the teacher's
+# features. Where the best λ lies depends on the scale of the features, so on networks and data.
 #
 # ## The bound
 #
@@ -304,7 +306,10 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# READ_BOUND
+# The chain holds in every row (the cell checks it), and all three shrink as λ grows. A small
+# gap is no high accuracy: at the strongest λ the features are nearest to the teacher's and the
+# accuracy is the lowest. `w` lies just below `l2`: pairing an example with itself is nearly the
+# cheapest coupling of these features. The gap is clearly below both.
 #
 # ## The real thing
 #
@@ -369,7 +374,7 @@ teacher, student = (
     from_nnx(models.MLP((width, 32), 10, in_features=64, rngs=nnx.Rngs(0))) for width in (256, 12)
 )
 optimizer = optax.adam(5e-3)
-step = shard_map_step(student, teacher, optimizer, metric="cw2", coef=1e-2, mesh=mesh)
+step = shard_map_step(student, teacher, optimizer, metric="gaussian-cw2", coef=1e-2, mesh=mesh)
 state = init_state(student, optimizer, x[:1], key=jax.random.key(0))
 teacher_variables = teacher.init(None, x[:1])  # here a trained teacher's belong
 
