@@ -189,6 +189,8 @@ for name in shown:
     print(f"{name:<14} w2 to the teacher {w2:6.1f}   cw2 {cw2:6.1f}   (squared distances)")
 
 # %% [markdown]
+# READ_FEATURES
+#
 # ## Which digits the student gained
 
 # %%
@@ -219,3 +221,10 @@ for row, title, which in zip(axes, ("gained", "lost"), (gained, lost), strict=Tr
         axis.set_title(f"{test[1][i]}: {alone_says} → {distilled_says}")
 figure.tight_layout()
 plt.show()
+
+# %% [markdown]
+# READ_GAINED
+#
+# **Try:** all training images for the student (`few_train = train`); other λ, from 1e-4 to 1e-1;
+# another metric (`metric="jw2"`, or `"kd+cw2"` with logits and features); three seeds instead of
+# one. Does the order of the two students hold?

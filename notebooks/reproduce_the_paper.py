@@ -197,7 +197,8 @@ print(f"{count} runs of", ", ".join(f"{k} {v}" for k, v in zip(SETTING, setting,
 baseline = {"teacher": {}, "student": {}}  # seed -> accuracy
 distilled = {}  # (metric, coef) -> seed -> accuracy
 for config, last in runs:
-    if tuple(config[key] for key in SETTING) == setting:
+    complete = last.keys() >= baseline.keys()  # and not stopped on its way
+    if complete and tuple(config[key] for key in SETTING) == setting:
         for phase, by_seed in baseline.items():
             by_seed[config["seed"]] = last[phase]
         if "distilled" in last:
@@ -256,8 +257,8 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Bars and bands are one standard error of the mean over seeds. A weak pull
-# changes little here, a strong one costs accuracy: the student then spends itself on the teacher's
+# Bars and bands are one standard error of the mean over seeds. In the tiny runs a weak pull
+# changes little, and a strong one costs accuracy: the student then spends itself on the teacher's
 # features. Where the best λ lies depends on the scale of the features, so on networks and data.
 #
 # ## The bound
@@ -306,8 +307,8 @@ figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The chain holds in every row (the cell checks it), and all three shrink as λ grows. A small
-# gap is no high accuracy: at the strongest λ the features are nearest to the teacher's and the
+# The chain holds in every row (the cell checks it), and all three shrink as λ grows. A small gap
+# is no high accuracy: at the strongest λ the features are nearest to the teacher's and the
 # accuracy is the lowest. `w` lies just below `l2`: pairing an example with itself is nearly the
 # cheapest coupling of these features. The gap is clearly below both.
 #
