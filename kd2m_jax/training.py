@@ -19,6 +19,7 @@ from kd2m_jax._locks import Stopped as Stopped
 from kd2m_jax._locks import locked, stop_requests
 from kd2m_jax._log import Log
 from kd2m_jax._log import NonFiniteLoss as NonFiniteLoss
+from kd2m_jax._processes import asked_to_stop, held_by_first, summed
 from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.networks import DEVICES, Model, Network, as_network, from_nnx
 from kd2m_jax.step import Coef, TrainState, init_state, make_eval_step, step_body
@@ -71,7 +72,9 @@ def fit(
 
     Arrays live on the device for the whole run: they are shuffled there once an epoch, and each
     step gathers its batch and applies ``preprocess`` in the same program. The step runs under
-    pmap over all local devices.
+    pmap over all devices. After ``jax.distributed.initialize`` these are the devices of all
+    processes: each calls ``fit`` with the same arguments, computes its part of each batch and of
+    the evaluation, and returns the same result; the first one alone reads and writes checkpoints.
 
     Args:
       student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
@@ -104,7 +107,7 @@ def fit(
         need be, to the same result to the bit (CPU, same devices).
       seed: decides initialisation (of Linen students), order, augmentation and dropout.
       max_steps: stop after so many steps, for smoke runs.
-      devices: the devices to run on; all local ones by default.
+      devices: the devices to run on; all of them, of all processes, by default.
 
     Returns:
       A `FitResult`.
@@ -138,10 +141,12 @@ def fit(
         raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
     if (teacher is None) != (metric is None or metric == "none"):
         raise ValueError("a teacher and a metric to compare with it come together: got only one")
-    devices = list(devices or jax.local_devices())
+    devices = list(devices or jax.devices())
+    here = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()]
     preprocess = preprocess or (lambda x, keys: x)
-    # Everything on every device once, rather than at each call.
-    mesh = Mesh(np.array(devices), (DEVICES,))
+    # Everything on every device once, rather than at each call; of this process's, for that is
+    # what pmap takes.
+    mesh = Mesh(np.array(devices)[here], (DEVICES,))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(tree):
@@ -150,7 +155,7 @@ def fit(
     network = as_network(student)
     if teacher is not None:
         teacher_variables = place(variables_of(teacher, teacher_variables))
-    batches = Batches(data, batch_size, seed, len(devices), per_class, place)
+    batches = Batches(data, batch_size, seed, len(devices), per_class, place, here)
     total = _total_steps(batches, epochs, max_steps)
     if optimizer is None:
         schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
@@ -165,7 +170,7 @@ def fit(
         axis=DEVICES,
     )
     step = _mapped(body, preprocess, devices)
-    per_call = 1 if max_steps else steps_per_call(devices[0], batches)
+    per_call = 1 if max_steps else steps_per_call(devices[here[0]], batches)
     sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
     state = init_state(
         network, optimizer, jnp.zeros(sample.shape, sample.dtype), key=jax.random.key(seed)
@@ -180,8 +185,11 @@ def fit(
         if checkpoint_dir is not None:
             from kd2m_jax._checkpoints import Checkpoints  # orbax takes a second to import
 
-            stack.enter_context(locked(pathlib.Path(checkpoint_dir) / ".lock"))
-            stopping = stack.enter_context(stop_requests())
+            lock = locked(pathlib.Path(checkpoint_dir) / ".lock")
+            stack.enter_context(held_by_first(lock))
+            # JAX listens for SIGTERM where there are several processes, so that they agree.
+            several = jax.process_count() > 1
+            stopping = asked_to_stop if several else stack.enter_context(stop_requests())
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(checkpoint_dir)))
             if found := checkpoints.restore(state):
                 state, saved = found
@@ -282,7 +290,7 @@ def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, me
     """A function of variables: accuracy and loss over all examples, or nothing without data."""
     if data is None:
         return lambda variables: {}
-    x, labels = (jnp.asarray(a) for a in data)
+    x, labels = (jnp.asarray(a)[jax.process_index() :: jax.process_count()] for a in data)
     # One shape for all batches, split over the devices; the last one is padded with labels that
     # do not count.
     size = -(-min(len(x), 500) // mesh.size) * mesh.size
@@ -301,7 +309,7 @@ def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, me
 
     def evaluate(variables):
         parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
-        sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+        sums = summed({name: sum(float(part[name]) for part in parts) for name in parts[0]})
         return {
             "test_loss": sums["loss"] / sums["count"],
             "test_accuracy": sums["correct"] / sums["count"],
