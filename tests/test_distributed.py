@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from experiments._common.cli import Run, Settings, UsageError, check
 from experiments._common.folder import read_metrics
 
-RUN = [sys.executable, "-m", "experiments.digits", "--teacher=mlp-16", "--student=mlp-8"]
+ROOT = pathlib.Path(__file__).parents[1]
+RUN = [sys.executable, "-m", "experiments.digits", "--teacher=mlp-32-16", "--student=mlp-8-16"]
 RUN += ["--metric=cw2", "--coef=1e-2", "--epochs=20"]
 
 
@@ -21,6 +23,7 @@ def start(out, devices, *flags):
     flags_of_xla = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [*RUN, f"--out={out}", *flags],
+        cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags_of_xla},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
