@@ -76,11 +76,11 @@ def on(wrapper, devices):
 
 
 def variants(devices):
-    """Every metric; only the paper's, on 2 and 4 devices, with the fast tests."""
+    """Every metric; only the paper's, on 4 devices, with the fast tests."""
     for name in losses.METRICS:
         for count in devices:
             for wrapper in WRAPPERS:
-                marks = () if name in CORE and count in (2, 4) else (pytest.mark.slow,)
+                marks = () if name in CORE and count == 4 else (pytest.mark.slow,)
                 case = f"{name}-{wrapper}-{count}"
                 yield pytest.param(name, wrapper, count, id=case, marks=marks)
 
