@@ -41,24 +41,17 @@ class Checkpoints:
 
         self._last, self._best = manager("last", 2), manager("best", 1)
 
-    def save(self, step: int, tree: Any, record: dict, *, best: bool) -> None:
-        """Save a pytree and a JSON-able record as those of a step."""
+    def save(self, step: int, tree: Any, record: dict, *, best: Any = None) -> None:
+        """Save a pytree and a JSON-able record as those of a step; and what is best, if new."""
         if not is_first():
             return
-        # Arrays under their place in the tree: a file that says what it holds, and no pytree
-        # type of ours or of Flax's inside it.
-        named = _by_name(tree)
-        args = ocp.args.Composite(
-            tree=ocp.args.StandardSave(named),
-            record=ocp.args.JsonSave(record | {"arrays": _shapes(named)}),
-        )
         # The best one first: killed in between, a resumed run comes to this epoch again and finds
         # it there already, the same to the bit.
-        if best and step not in self._best.all_steps():
-            self._best.save(step, args=args)
+        if best is not None and step not in self._best.all_steps():
+            self._best.save(step, args=_arguments(best, record))
         if step in self._last.all_steps():  # stopped at an epoch's last step, before its evaluation
             self._last.delete(step)
-        self._last.save(step, args=args)
+        self._last.save(step, args=_arguments(tree, record))
 
     def restore(self, like: Any, *, best: bool = False) -> tuple[Any, dict] | None:
         """The last (or best) pytree and record that can be read, or None where there is none.
@@ -109,6 +102,16 @@ class Checkpoints:
         if is_first():
             self._last.close()
             self._best.close()
+
+
+def _arguments(tree: Any, record: dict):
+    # Arrays under their place in the tree: a file that says what it holds, and no pytree type of
+    # ours or of Flax's inside it.
+    named = _by_name(tree)
+    return ocp.args.Composite(
+        tree=ocp.args.StandardSave(named),
+        record=ocp.args.JsonSave(record | {"arrays": _shapes(named)}),
+    )
 
 
 def _by_name(tree: Any) -> dict[str, np.ndarray]:
