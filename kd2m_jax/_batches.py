@@ -22,7 +22,10 @@ class Batches:
         devices: int,
         per_class: int | None = None,
         place: Callable[[Any], Any] = lambda tree: tree,
+        here: list[int] | None = None,
     ):
+        # Which of the devices are this process's, if not all.
+        self._here = None if here is None or len(here) == devices else jnp.asarray(here)
         self._seed, self._devices, self._batch_size = seed, devices, batch_size
         self._per_class = per_class
         self._iterable = None
@@ -101,7 +104,8 @@ class Batches:
                 f"a batch of {len(rows) // steps} does not split evenly over {self._devices} "
                 "devices"
             )
-        return rows.reshape(steps, self._devices, -1)
+        rows = rows.reshape(steps, self._devices, -1)
+        return rows if self._here is None else rows[:, self._here]
 
 
 def steps_per_epoch(labels, batch_size: int, per_class: int | None) -> int:

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from kd2m_jax._locks import CheckpointError
+from kd2m_jax._processes import by_first, is_first
 
 _JSON = ocp.args.JsonRestore()
 
@@ -18,36 +20,38 @@ class Checkpoints:
     """Two folders of orbax checkpoints under one: ``last`` (two kept) and ``best`` (one).
 
     Orbax writes into a temporary folder and renames it when it is whole, so a process killed
-    while saving leaves the checkpoint before. Arrays come back to the bit.
+    while saving leaves the checkpoint before. Arrays come back to the bit. Of several processes
+    the first one writes and reads, and tells the others what it read.
     """
 
     def __init__(self, directory: str | os.PathLike):
+        if not is_first():
+            return
         directory = pathlib.Path(directory).absolute()
 
         def manager(name, kept):
+            (directory / name).mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=kept, create=True, enable_async_checkpointing=False
+                max_to_keep=kept,
+                create=False,
+                enable_async_checkpointing=False,
+                multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
             )
             return ocp.CheckpointManager(directory / name, options=options)
 
         self._last, self._best = manager("last", 2), manager("best", 1)
 
-    def save(self, step: int, tree: Any, record: dict, *, best: bool) -> None:
-        """Save a pytree and a JSON-able record as those of a step."""
-        # Arrays under their place in the tree: a file that says what it holds, and no pytree
-        # type of ours or of Flax's inside it.
-        named = _by_name(tree)
-        args = ocp.args.Composite(
-            tree=ocp.args.StandardSave(named),
-            record=ocp.args.JsonSave(record | {"arrays": _shapes(named)}),
-        )
+    def save(self, step: int, tree: Any, record: dict, *, best: Any = None) -> None:
+        """Save a pytree and a JSON-able record as those of a step; and what is best, if new."""
+        if not is_first():
+            return
         # The best one first: killed in between, a resumed run comes to this epoch again and finds
         # it there already, the same to the bit.
-        if best and step not in self._best.all_steps():
-            self._best.save(step, args=args)
+        if best is not None and step not in self._best.all_steps():
+            self._best.save(step, args=_arguments(best, record))
         if step in self._last.all_steps():  # stopped at an epoch's last step, before its evaluation
             self._last.delete(step)
-        self._last.save(step, args=args)
+        self._last.save(step, args=_arguments(tree, record))
 
     def restore(self, like: Any, *, best: bool = False) -> tuple[Any, dict] | None:
         """The last (or best) pytree and record that can be read, or None where there is none.
@@ -56,6 +60,15 @@ class Checkpoints:
         CheckpointError says so if the saved one is another; a damaged one is passed over, which is
         logged, and removed.
         """
+        found = by_first(lambda: self._read(like, best))
+        if found is None:
+            return None
+        arrays, record = found
+        leaves, structure = jax.tree.flatten(like)
+        leaves = [_unpack(new, old) for new, old in zip(arrays, leaves, strict=True)]
+        return jax.tree.unflatten(structure, leaves), record
+
+    def _read(self, like: Any, best: bool) -> tuple[list[np.ndarray], dict] | None:
         manager = self._best if best else self._last
         named = _by_name(like)
         for step in sorted(manager.all_steps(), reverse=True):
@@ -64,7 +77,7 @@ class Checkpoints:
                 known = record.pop("arrays")
                 same = known == _shapes(named)
                 if same:
-                    tree = ocp.args.StandardRestore(jax.tree.map(_abstract, named))
+                    tree = ocp.args.StandardRestore(named)
                     found = manager.restore(step, args=ocp.args.Composite(tree=tree))["tree"]
             except Exception as error:
                 logging.getLogger(__name__).warning(
@@ -81,21 +94,28 @@ class Checkpoints:
                     "than this run's: resume with the settings it was made with, or use another "
                     "folder"
                 )
-            leaves = [
-                _unpack(found[name], old)
-                for name, old in zip(named, jax.tree.leaves(like), strict=True)
-            ]
-            return jax.tree.unflatten(jax.tree.structure(like), leaves), record
+            return [found[name] for name in named], record
         return None
 
     def close(self) -> None:
         """Release orbax's threads."""
-        self._last.close()
-        self._best.close()
+        if is_first():
+            self._last.close()
+            self._best.close()
 
 
-def _by_name(tree: Any) -> dict[str, jax.Array]:
-    """Leaves by their path; typed PRNG keys as the integers they are made of."""
+def _arguments(tree: Any, record: dict):
+    # Arrays under their place in the tree: a file that says what it holds, and no pytree type of
+    # ours or of Flax's inside it.
+    named = _by_name(tree)
+    return ocp.args.Composite(
+        tree=ocp.args.StandardSave(named),
+        record=ocp.args.JsonSave(record | {"arrays": _shapes(named)}),
+    )
+
+
+def _by_name(tree: Any) -> dict[str, np.ndarray]:
+    """Leaves by their path, on the host; typed PRNG keys as the integers they are made of."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _pack(x) for path, x in pairs}
 
@@ -105,16 +125,13 @@ def _is_key(x) -> bool:
 
 
 def _pack(x):
-    return jax.random.key_data(x) if _is_key(x) else x
+    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
 
 
 def _unpack(new, old):
-    return jax.random.wrap_key_data(new) if _is_key(old) else new
+    new = jax.random.wrap_key_data(new) if _is_key(old) else new
+    return jax.device_put(new, old.sharding)
 
 
-def _abstract(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _shapes(named: dict[str, jax.Array]) -> dict[str, str]:
+def _shapes(named: dict[str, np.ndarray]) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in named.items()}

@@ -19,16 +19,19 @@ from kd2m_jax._locks import Stopped as Stopped
 from kd2m_jax._locks import locked, stop_requests
 from kd2m_jax._log import Log
 from kd2m_jax._log import NonFiniteLoss as NonFiniteLoss
+from kd2m_jax._processes import asked_to_stop, held_by_first, summed
 from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.networks import DEVICES, Model, Network, as_network, from_nnx
 from kd2m_jax.step import Coef, TrainState, init_state, make_eval_step, step_body
+
+AnyMetric = Metric | MetricSum | str | None
 
 # (x, keys) -> x: what happens to inputs inside the program; keys is None in evaluation.
 Preprocess = Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
 class FitResult(NamedTuple):
-    """What `fit` returns.
+    """What `fit` returns; of a population, a list of these.
 
     Attributes:
       student: the trained student: an NNX module, in evaluation mode, for an NNX module, the dict
@@ -46,13 +49,13 @@ class FitResult(NamedTuple):
 
 
 def fit(
-    student: Model,
+    student: Model | list[Model],
     data: Arrays | Iterable[Arrays],
     *,
     teacher: Model | None = None,
     teacher_variables: Any = None,
-    metric: Metric | MetricSum | str | None = None,
-    coef: Coef | str = 1.0,
+    metric: AnyMetric | list[AnyMetric] = None,
+    coef: Coef | str | list[Coef | str] = 1.0,
     task_coef: Coef = 1.0,
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = 10,
@@ -66,12 +69,18 @@ def fit(
     seed: int = 0,
     max_steps: int | None = None,
     devices: Sequence[Any] | None = None,
-) -> FitResult:
-    """Train a student, alone or against a frozen teacher.
+) -> Any:
+    """Train a student, or several in one program, alone or against a frozen teacher.
 
     Arrays live on the device for the whole run: they are shuffled there once an epoch, and each
     step gathers its batch and applies ``preprocess`` in the same program. The step runs under
-    pmap over all local devices.
+    pmap over all devices. After ``jax.distributed.initialize`` these are the devices of all
+    processes: each calls ``fit`` with the same arguments, computes its part of each batch and of
+    the evaluation, and returns the same result; the first one alone reads and writes checkpoints.
+
+    A population: where ``student``, ``metric`` or ``coef`` are lists, as many students as they are
+    long (each with the one that is no list) see the same batches in one program, which computes
+    the teacher once for all of them. Each ends as it would alone.
 
     Args:
       student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
@@ -97,23 +106,25 @@ def fit(
       callbacks: called with each record: a dict with ``step``, ``epoch``, ``steps`` (total, None
         if unknown), ``loss``, ``task_loss`` (nats), ``train_accuracy``, with a teacher
         ``distillation_loss`` and ``coef`` (means since the last record), and at the end of an
-        epoch with eval_data ``test_loss`` and ``test_accuracy`` (over all examples). The records
-        of a resumed run are handed over again, first, with ``replayed: True``.
+        epoch with eval_data ``test_loss`` and ``test_accuracy`` (over all examples); of a
+        population also with ``student``, its number from 0. The records of a resumed run are
+        handed over again, first, with ``replayed: True``.
       log_every: steps from one record to the next.
       checkpoint_dir: where to keep the last and the best checkpoint, written after each epoch and
         on SIGTERM; a run that finds one there continues from it, in the middle of an epoch if
         need be, to the same result to the bit (CPU, same devices).
       seed: decides initialisation (of Linen students), order, augmentation and dropout.
       max_steps: stop after so many steps, for smoke runs.
-      devices: the devices to run on; all local ones by default.
+      devices: the devices to run on; all of them, of all processes, by default.
 
     Returns:
-      A `FitResult`.
+      A `FitResult`; where something is a list, a list of them.
 
     Raises:
-      ValueError: epochs or batch_size below 1, a batch larger than the data or not divisible by
-        the number of devices, a teacher without a metric or the reverse; CheckpointError, which
-        is one, for a checkpoint of another network or a folder in use by another process.
+      ValueError: lists of unequal lengths, epochs or batch_size below 1, a batch larger than the
+        data or not divisible by the number of devices, a teacher without a metric or the reverse;
+        CheckpointError, which is one, for a checkpoint of another network or a folder in use by
+        another process.
       TypeError: a model that is none of the three kinds.
       NonFiniteLoss: the loss became NaN or infinite; names the step.
       Stopped: with a checkpoint folder, on SIGTERM: the step is finished and saved first. A
@@ -137,67 +148,84 @@ def fit(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if per_class is not None and (per_class < 1 or batch_size % per_class):
         raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
-    if (teacher is None) != (metric is None or metric == "none"):
+    (students, metrics_of, coefs), alone = _population(student, metric, coef)
+    without = {metric is None or metric == "none" for metric in metrics_of}
+    if without != {teacher is None}:
         raise ValueError("a teacher and a metric to compare with it come together: got only one")
-    devices = list(devices or jax.local_devices())
+    devices = list(devices or jax.devices())
+    here = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()]
     preprocess = preprocess or (lambda x, keys: x)
-    # Everything on every device once, rather than at each call.
-    mesh = Mesh(np.array(devices), (DEVICES,))
+    # Everything on every device once, rather than at each call; of this process's, for that is
+    # what pmap takes.
+    mesh = Mesh(np.array(devices)[here], (DEVICES,))
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(tree):
         return jax.device_put(tree, everywhere)
 
-    network = as_network(student)
+    networks = [as_network(student) for student in students]
     if teacher is not None:
         teacher_variables = place(variables_of(teacher, teacher_variables))
-    batches = Batches(data, batch_size, seed, len(devices), per_class, place)
+    batches = Batches(data, batch_size, seed, len(devices), per_class, place, here)
     total = _total_steps(batches, epochs, max_steps)
     if optimizer is None:
         schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
         optimizer = optax.adam(schedule)
-    body = step_body(
-        network,
-        None if teacher is None else as_network(teacher),
-        optimizer,
-        metric=metric,
-        coef=coef,
-        task_coef=task_coef,
-        axis=DEVICES,
-    )
-    step = _mapped(body, preprocess, devices)
-    per_call = 1 if max_steps else steps_per_call(devices[0], batches)
+    teacher = None if teacher is None else as_network(teacher)
+    bodies = [
+        step_body(
+            network, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+        )
+        for network, metric, coef in zip(networks, metrics_of, coefs, strict=True)
+    ]
+    step = _mapped(bodies, preprocess, devices)
+    per_call = 1 if max_steps else steps_per_call(devices[here[0]], batches)
     sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
-    state = init_state(
-        network, optimizer, jnp.zeros(sample.shape, sample.dtype), key=jax.random.key(seed)
-    )
-    state = place(state)
-    evaluate = _evaluator(network, eval_data, preprocess, mesh)
-    log = Log(callbacks, metric is not None and metric != "none", total)
+    sample = jnp.zeros(sample.shape, sample.dtype)
+    key = jax.random.key(seed)
+    states = place([init_state(network, optimizer, sample, key=key) for network in networks])
+    evaluators = [_evaluator(network, eval_data, preprocess, mesh) for network in networks]
+    logs = [
+        Log(
+            callbacks if alone else [_numbered(c, i) for c in callbacks], teacher is not None, total
+        )
+        for i in range(len(networks))
+    ]
 
-    checkpoints, best_variables, epoch, position = None, state.variables, 0, 0
+    checkpoints, epoch, position = None, 0, 0
+    best_variables = [state.variables for state in states]
     with contextlib.ExitStack() as stack:
         stopping = lambda: False  # noqa: E731
         if checkpoint_dir is not None:
             from kd2m_jax._checkpoints import Checkpoints  # orbax takes a second to import
 
-            stack.enter_context(locked(pathlib.Path(checkpoint_dir) / ".lock"))
-            stopping = stack.enter_context(stop_requests())
+            lock = locked(pathlib.Path(checkpoint_dir) / ".lock")
+            stack.enter_context(held_by_first(lock))
+            # JAX listens for SIGTERM where there are several processes, so that they agree.
+            several = jax.process_count() > 1
+            stopping = asked_to_stop if several else stack.enter_context(stop_requests())
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(checkpoint_dir)))
-            if found := checkpoints.restore(state):
-                state, saved = found
+            if found := checkpoints.restore(states):
+                states, saved = found
                 epoch, position = saved["epoch"], saved["position"]
-                log.replay(saved)
-                found = checkpoints.restore(state, best=True)
-                if found and found[1]["epoch"] <= epoch:
-                    best_variables = found[0].variables
-        done = int(state.step)
-        best = max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0)
+                for log, old in zip(logs, saved["logs"], strict=True):
+                    log.replay(old)
+                # Of an epoch that this run has yet to do it holds what that will give again.
+                if found := checkpoints.restore(best_variables, best=True):
+                    best_variables = found[0]
+        done = int(states[0].step)
+        best = [
+            max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0) for log in logs
+        ]
 
-        def save(is_best):
+        def save(improved):
             if checkpoints:
-                where = {"epoch": epoch, "position": position}
-                checkpoints.save(done, state, where | log.state(), best=is_best)
+                where = {
+                    "epoch": epoch,
+                    "position": position,
+                    "logs": [log.state() for log in logs],
+                }
+                checkpoints.save(done, states, where, best=best_variables if improved else None)
 
         while epoch < epochs and (max_steps is None or done < max_steps):
             whole = True
@@ -205,31 +233,53 @@ def fit(
                 whole = max_steps is None or done < max_steps
                 if not whole:
                     break
-                if log.waiting >= log_every:  # an epoch's last steps wait for its evaluation
-                    log.emit({})
-                state, metrics = step(state, teacher_variables, rows, arrays)
+                for log in logs:
+                    if log.waiting >= log_every:  # an epoch's last steps wait for its evaluation
+                        log.emit({})
+                states, metrics = step(states, teacher_variables, rows, arrays)
                 done, position = done + len(rows), position + len(rows)
-                log.add(done, epoch + 1, metrics)
+                for log, values in zip(logs, metrics, strict=True):
+                    log.add(done, epoch + 1, values)
                 if stopping():
-                    log.settle()  # a loss that is not finite is not saved
+                    for log in logs:
+                        log.settle()  # a loss that is not finite is not saved
                     save(False)
                     raise Stopped(143)
-            scores = evaluate(state.variables)
-            if not all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(state.params)):
-                log.settle()  # a loss that was not finite before says more
-                raise NonFiniteLoss(f"the parameters are not finite after step {done}")
-            log.emit(scores)
+            improved = False
+            for i, (state, log) in enumerate(zip(states, logs, strict=True)):
+                scores = evaluators[i](state.variables)
+                if not all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(state.params)):
+                    log.settle()  # a loss that was not finite before says more
+                    raise NonFiniteLoss(f"the parameters are not finite after step {done}")
+                log.emit(scores)
+                if not scores or scores["test_accuracy"] > best[i]:
+                    improved = True
+                    best[i] = scores.get("test_accuracy", best[i])
+                    # The next step donates the state.
+                    best_variables[i] = jax.tree.map(jnp.array, state.variables)
             if whole:
                 epoch, position = epoch + 1, 0
-            is_best = not scores or scores["test_accuracy"] > best
-            if is_best:
-                best = scores.get("test_accuracy", best)
-                best_variables = jax.tree.map(jnp.array, state.variables)  # the next step donates
-            save(is_best)
+            save(improved)
         if stopping():
             raise Stopped(143)
-    last, best_one = (network.export(*v) for v in (state.variables, best_variables))
-    return FitResult(last, best_one, log.history, state)
+    results = [
+        FitResult(network.export(*state.variables), network.export(*best), log.history, state)
+        for network, state, best, log in zip(networks, states, best_variables, logs, strict=True)
+    ]
+    return results[0] if alone else results
+
+
+def _population(*given) -> tuple[list[list], bool]:
+    """Each as a list, all as long as those that are, and whether none was."""
+    lengths = {len(g) for g in given if isinstance(g, list)}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError("lists of students, metrics and coefs differ in length or are empty")
+    (count,) = lengths or {1}
+    return [g if isinstance(g, list) else [g] * count for g in given], not lengths
+
+
+def _numbered(callback, number: int):
+    return lambda record: callback(record | {"student": number})
 
 
 def variables_of(model: Model, variables: Any) -> Any:
@@ -245,22 +295,29 @@ def variables_of(model: Model, variables: Any) -> Any:
     )
 
 
-def _mapped(body, preprocess: Preprocess, devices):
+def _mapped(bodies, preprocess: Preprocess, devices):
     """Steps under pmap, which take their batches from arrays that are on the device."""
 
-    def one(state, teacher_variables, rows, arrays):
+    def one(states, teacher_variables, rows, arrays):
+        state = states[0]  # all have the same key and step
         x, labels = (a[rows] for a in arrays)
         # One key an example, so that augmentation does not depend on the number of devices. The
         # step itself draws from the keys 0 and 1 that split() makes of the same one.
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-        return body(state, teacher_variables, (preprocess(x, keys), labels))
+        batch = (preprocess(x, keys), labels)
+        # Each computes the teacher on the same batch; XLA sees that and does it once.
+        done = [
+            body(state, teacher_variables, batch)
+            for body, state in zip(bodies, states, strict=True)
+        ]
+        return [state for state, _ in done], [metrics for _, metrics in done]
 
-    def several(state, teacher_variables, rows, arrays):
+    def several(states, teacher_variables, rows, arrays):
         if len(rows) == 1:  # without the loop: see steps_per_call
-            state, metrics = one(state, teacher_variables, rows[0], arrays)
-            return state, jax.tree.map(lambda m: m[None], metrics)
-        return jax.lax.scan(lambda s, r: one(s, teacher_variables, r, arrays), state, rows)
+            states, metrics = one(states, teacher_variables, rows[0], arrays)
+            return states, jax.tree.map(lambda m: m[None], metrics)
+        return jax.lax.scan(lambda s, r: one(s, teacher_variables, r, arrays), states, rows)
 
     return jax.pmap(
         several,
@@ -283,7 +340,7 @@ def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, me
     """A function of variables: accuracy and loss over all examples, or nothing without data."""
     if data is None:
         return lambda variables: {}
-    x, labels = (jnp.asarray(a) for a in data)
+    x, labels = (jnp.asarray(a)[jax.process_index() :: jax.process_count()] for a in data)
     # One shape for all batches, split over the devices; the last one is padded with labels that
     # do not count.
     size = -(-min(len(x), 500) // mesh.size) * mesh.size
@@ -302,7 +359,7 @@ def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, me
 
     def evaluate(variables):
         parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
-        sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+        sums = summed({name: sum(float(part[name]) for part in parts) for name in parts[0]})
         return {
             "test_loss": sums["loss"] / sums["count"],
             "test_accuracy": sums["correct"] / sums["count"],

@@ -83,6 +83,15 @@ class Run:
     """Continue the run in --out; start afresh where there is none."""
     max_steps: Annotated[int | None, _optional("INT", "no limit")] = None
     """Cut every phase after so many steps: a smoke run."""
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One run by several processes, each started with this command. Slurm, Open MPI and TPU pods
+    are detected; elsewhere give the next three."""
+    coordinator: Annotated[str | None, _optional("HOST:PORT", "detected")] = None
+    """Where process 0 listens, with --distributed."""
+    num_processes: Annotated[int | None, _optional("INT", "detected")] = None
+    """How many processes there are, with --distributed."""
+    process_id: Annotated[int | None, _optional("INT", "detected")] = None
+    """Which of them this is, from 0, with --distributed; 0 writes and prints."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +124,7 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     _keep_compiled_programs()
     from experiments._common.data import DataError
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
+    from kd2m_jax._processes import ProcessLost
 
     # A table takes up what is there without being asked.
     again = "the same command" + (" with --resume" if hasattr(settings, "run") else "")
@@ -126,6 +136,9 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
         sys.exit(_fail(f"stopped and saved; {again} continues", stopped.code))
     except NonFiniteLoss as error:
         sys.exit(_fail(error, 1))
+    except ProcessLost as lost:
+        _fail(f"{lost}; the same command with --resume continues", 1)
+        os._exit(1)  # the ordinary end waits for all processes
     except KeyboardInterrupt:
         sys.exit(_fail(f"stopped; {again} continues", 130))
 
@@ -185,3 +198,17 @@ def check(settings: Settings) -> None:
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
+    _check_processes(r)
+
+
+def _check_processes(run: Run) -> None:
+    count, number = run.num_processes, run.process_id
+    given = [value is not None for value in (run.coordinator, count, number)]
+    if any(given) and not (run.distributed and all(given)):
+        raise UsageError(
+            "--coordinator, --num-processes and --process-id come together, with --distributed"
+        )
+    if count is not None and number is not None and not 0 <= number < count:
+        raise UsageError(f"--process-id must be from 0 to {count - 1}, got {number}")
+    if run.coordinator and not run.coordinator.rpartition(":")[2].isdigit():
+        raise UsageError(f"--coordinator must be HOST:PORT, got {run.coordinator}")

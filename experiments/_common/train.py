@@ -1,10 +1,12 @@
 """Teacher, student alone, distilled student: what every training main does."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import json
 import math
+import os
 import pathlib
 import time
 
@@ -16,13 +18,14 @@ from tqdm import tqdm
 
 from experiments._common import report
 from experiments._common.augment import preprocess
-from experiments._common.cli import Settings, UsageError, check, coefficients
+from experiments._common.cli import Run, Settings, UsageError, check, coefficients
 from experiments._common.data import Dataset, load
 from experiments._common.folder import RunFolder
 from experiments._common.protocols import PROTOCOLS
 from kd2m_jax import FitResult, Network, Outputs, fit, losses, models, projected
 from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._locks import locked
+from kd2m_jax._processes import by_first, held_by_first, is_first, start, watched
 from kd2m_jax._torch_weights import local_file
 
 LOG_EVERY = 10
@@ -31,9 +34,30 @@ LOG_EVERY = 10
 def train_and_report(settings: Settings, dataset_name: str) -> None:
     """Run the three phases into a run folder and print its table."""
     check(settings)
-    check_names(settings)
-    path = distil(settings, load(dataset_name, settings.run.data_dir))
-    print(f"\n{report.text_table(path)}\n\nReport: {path / 'report.md'}")
+    with started(settings.run):
+        check_names(settings)
+        path = distil(settings, load(dataset_name, settings.run.data_dir))
+        print(f"\n{report.text_table(path)}\n\nReport: {path / 'report.md'}")
+
+
+@contextlib.contextmanager
+def started(run: Run):
+    """With the other processes, if there are any; all but the first keep quiet."""
+    if not run.distributed:
+        yield
+        return
+    try:
+        start(run.coordinator, run.num_processes, run.process_id)
+    except ValueError as error:
+        raise UsageError(
+            "--distributed detects no Slurm, Open MPI or TPU pod here: give --coordinator, "
+            "--num-processes and --process-id"
+        ) from error
+    with contextlib.ExitStack() as stack, watched():
+        if not is_first():
+            quiet = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(quiet))
+        yield
 
 
 def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = None) -> pathlib.Path:
@@ -49,13 +73,14 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
     _check_batch(config, dataset)
     distilled = student if metric is None else _with_projector(student, teacher, dataset, metric)
     out = settings.run.out or f"runs/{dataset.name}-{config['metric']}-{config['seed']}"
-    with RunFolder.opened(out, config, resume=settings.run.resume) as folder:
-        folder.write_environment(
-            devices=[d.device_kind for d in jax.local_devices()], backend=jax.default_backend()
-        )
+    opened = RunFolder.opened(out, config, resume=settings.run.resume)
+    with held_by_first(opened) as folder:
+        devices = [d.device_kind for d in jax.devices()]
+        by_first(lambda: folder.write_environment(devices=devices, backend=jax.default_backend()))
         phase = functools.partial(run_phase, folder, config, dataset)
         cache = folder.path.parent / "teachers" / teacher_name(config)
-        with locked(cache / ".training", waiting=print):  # several runs share a teacher
+        lock = locked(cache / ".training", waiting=print)  # several runs share a teacher
+        with held_by_first(lock):
             trained = phase("teacher", teacher, cache).student
         phase("student", student, alone or folder.checkpoints / "student")
         if metric is not None:
@@ -70,7 +95,7 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
                 coef=1.0 if isinstance(metric, losses.MetricSum) else config["coef"][0],
                 task_coef=config["task_coef"],
             )
-        report.write(folder.path)
+        by_first(lambda: report.write(folder.path))
     return folder.path
 
 
@@ -144,9 +169,13 @@ def run_phase(
     per_epoch = steps_per_epoch(dataset.train[1], config["batch_size"], config["per_class"])
     steps = min(config["epochs"] * per_epoch, config["max_steps"] or math.inf)
     images = int(steps) * config["batch_size"]
-    # leave=None: under a table's bar this one goes when it is done.
     with tqdm(
-        desc=report.TITLES[name], total=images, unit=" images", unit_scale=True, leave=None
+        desc=report.TITLES[name],
+        total=images,
+        unit=" images",
+        unit_scale=True,
+        leave=None,  # under a table's bar this one goes when it is done
+        disable=not is_first(),
     ) as bar:
         progress = Progress(bar, config["batch_size"])
         result = fit(
@@ -161,7 +190,7 @@ def run_phase(
             seed=config["seed"],
             max_steps=config["max_steps"],
             log_every=LOG_EVERY,
-            callbacks=[folder.phase(name), progress],
+            callbacks=[folder.phase(name), progress] if is_first() else [],
             checkpoint_dir=checkpoint_dir,
             **distillation,
         )
@@ -251,7 +280,7 @@ def _parameters(network: nnx.Module) -> int:
 
 
 def _check_batch(config: dict, dataset: Dataset) -> None:
-    size, devices = config["batch_size"], jax.local_device_count()
+    size, devices = config["batch_size"], jax.device_count()
     if size > len(dataset.train[0]):
         raise UsageError(
             f"--batch-size {size} is larger than the training set ({len(dataset.train[0])} images)"

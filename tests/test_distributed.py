@@ -1,0 +1,126 @@
+"""experiments.digits as two processes of two devices each: one result, and no one left waiting."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments._common.cli import Run, Settings, UsageError, check
+from experiments._common.folder import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+RUN = [sys.executable, "-m", "experiments.digits", "--teacher=mlp-32-16", "--student=mlp-8-16"]
+RUN += ["--metric=cw2", "--coef=1e-2", "--epochs=8"]
+
+
+def start(out, devices, *flags):
+    flags_of_xla = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [*RUN, f"--out={out}", *flags],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags_of_xla},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(out, *flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"--coordinator=localhost:{free.getsockname()[1]}"
+    together = ("--distributed", where, "--num-processes=2")
+    return [start(out, 2, *together, f"--process-id={i}", *flags) for i in range(2)]
+
+
+def finish(processes, timeout=240):
+    """Status, output and errors of each, which must all end in that many seconds."""
+    end = time.monotonic() + timeout
+    try:
+        texts = [p.communicate(timeout=end - time.monotonic()) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+def assert_same(out, expected):
+    found = read_metrics(out)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.pop("phase") == other["phase"]
+        numbers = {name: value for name, value in other.items() if name != "phase"}
+        assert one == pytest.approx(numbers, rel=1e-4)
+        assert one.get("test_accuracy") == other.get("test_accuracy")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process of four devices writes."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    [(status, _, errors)] = finish([start(out, 4)])
+    assert status == 0, errors
+    return read_metrics(out)
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_result_of_one(alone, tmp_path):
+    first, second = finish(start_two(tmp_path / "run"))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert_same(tmp_path / "run", alone)
+    assert "distilled student" in first[1]
+    assert "distilled student" not in second[1]
+    assert len(json.loads((tmp_path / "run" / "env.json").read_text())["devices"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("which", "sent", "statuses", "message"),
+    [
+        (1, signal.SIGKILL, (1, -signal.SIGKILL), "error: this run of several processes broke off"),
+        # Without process 0, which they all report to, JAX itself ends the others.
+        (0, signal.SIGKILL, (-signal.SIGKILL, None), "another task died"),
+        (1, signal.SIGTERM, (143, 143), "error: stopped and saved"),
+    ],
+    ids=["second-killed", "first-killed", "second-terminated"],
+)
+def test_one_that_ends_stops_the_other_and_resume_goes_on(
+    which, sent, statuses, message, alone, tmp_path
+):
+    out = tmp_path / "run"
+    processes = start_two(out)
+    while not any(r["phase"] == "student" for r in read_metrics(out)):
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.02)
+    processes[which].send_signal(sent)
+    ended = finish(processes, timeout=60)
+    for (status, *_), expected in zip(ended, statuses, strict=True):
+        assert status != 0 if expected is None else status == expected, ended
+    assert message in ended[1 - which][2]
+    assert len(read_metrics(out)) < len(alone)
+    first, second = finish(start_two(out, "--resume"))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert_same(out, alone)
+
+
+WHOLE = {"distributed": True, "coordinator": "localhost:1", "num_processes": 2, "process_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"coordinator": "localhost:1"}, "come together, with --distributed"),
+        ({"distributed": True, "process_id": 0}, "come together, with --distributed"),
+        (WHOLE | {"process_id": 2}, "--process-id must be from 0 to 1, got 2"),
+        (WHOLE | {"coordinator": "localhost"}, "--coordinator must be HOST:PORT, got localhost"),
+    ],
+)
+def test_flags_that_do_not_fit_together(flags, message):
+    with pytest.raises(UsageError, match=message):
+        check(Settings(run=Run(**flags)))
