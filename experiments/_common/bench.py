@@ -141,7 +141,7 @@ def machine() -> dict:
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
         "system": platform.system(),
-        "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
     }

@@ -4,6 +4,7 @@ import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,9 @@ def peers(
     for n in sizes:
         for k in classes if n < 2048 else ():
             x, y, labels = bench.clouds("related", n, d, k)
-            exact = np.mean([exact_w2(x[labels == c], y[labels == c]) for c in np.unique(labels)])
-            weight = 1 / (len(np.unique(labels)) * np.bincount(labels)[labels])
+            parts = [labels == c for c in np.unique(labels)]
+            exact = sum(exact_w2(x[p], y[p]) for p in parts) / len(parts)
+            weight = 1 / (len(parts) * np.bincount(labels)[labels])
             name = {"clouds": f"related, {k} classes", "n": n}
             cases = [
                 bench.Case({**name, "what": what, **judge(plan, value, exact, weight)}, run)
@@ -79,7 +81,7 @@ def exact_w2(x: np.ndarray, y: np.ndarray) -> float:
     return float(ot.emd2([], [], cost, numItermax=10_000_000))
 
 
-Answer = tuple[str, Callable[[], object], object, object]
+Answer = tuple[str, Callable[[], object], Any, Any]
 
 
 def marginal(x: np.ndarray, y: np.ndarray) -> list[Answer]:
@@ -161,16 +163,16 @@ def padded_classes(z_s: jax.Array, z_t: jax.Array, labels: jax.Array, count: int
         values, plans = jax.vmap(one, in_axes=(None, 0))(cost, members)
         return values.mean(), plans.mean(0)
 
-    both = jax.jit(jax.value_and_grad(mean, has_aux=True))
     with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it
-        (value, plan), _ = both(z_s, z_t)
+        both = jax.jit(jax.value_and_grad(mean, has_aux=True)).lower(z_s, z_t).compile()
+    (value, plan), _ = both(z_s, z_t)
     return lambda: jax.block_until_ready(both(z_s, z_t)), value, plan
 
 
 def torch_emd(pairs: Sequence[tuple[np.ndarray, np.ndarray]], cost: str):
     """What the paper's code does: torch's costs, POT's emd, torch's gradient; mean over pairs."""
     import ot
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     tensors = [(torch.tensor(x, requires_grad=True), torch.tensor(y)) for x, y in pairs]
 
@@ -197,7 +199,7 @@ def _torch() -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import torch  # noqa: F401
+            import torch  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         return False
     return True

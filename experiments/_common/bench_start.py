@@ -39,8 +39,7 @@ def start(
         {"start": kind} | {column: _median(runs, kind, column) for column in COLUMNS}
         for kind in kinds
     ]
-    compiling = {row["start"]: row["compiling"] for row in rows}
-    share = compiling["filled cache"] / compiling["empty cache"]
+    share = _median(runs, "filled cache", "compiling") / _median(runs, "empty cache", "compiling")
     return rows, [
         "Seconds since the command; compiling as JAX counts it, cache look-ups included.",
         f"The second start compiles for {share:.2f} of the first (target 0.33).",
@@ -64,9 +63,9 @@ def _one(environment: dict[str, str], flags: list[str]) -> dict:
 def _run(began: float, flags: list[str]) -> dict:
     seconds = {"imports": 0.0, "first step": 0.0, "compiling": 0.0}
 
-    def note(event: str, duration: float, **_) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILE:
-            seconds["compiling"] += duration
+            seconds["compiling"] += duration_secs
 
     def first_step(self, step, epoch, metrics):
         if not seconds["first step"]:
