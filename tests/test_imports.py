@@ -19,7 +19,7 @@ library = pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(
 
 # Lower may not import higher, nor its like: losses <- networks <- step <- training.
 LAYERS = [
-    ("outputs", "_log", "_batches", "_locks"),
+    ("outputs", "_log", "_batches", "_locks", "_processes"),
     ("losses",),
     ("_torch_weights", "theory"),
     ("networks", "models", "_checkpoints"),

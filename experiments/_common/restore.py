@@ -72,10 +72,11 @@ def _last(model, folder: pathlib.Path, config: dict, dataset: Dataset) -> nnx.Mo
     x = jnp.zeros((1, *dataset.train[0].shape[1:]))
     optimizer = PROTOCOLS[config["protocol"]].optimizer(config["epochs"], 1)
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        found = checkpoints.restore(init_state(network, optimizer, x, key=jax.random.key(0)))
+        # A list, for `fit` saves a population, of one here.
+        found = checkpoints.restore([init_state(network, optimizer, x, key=jax.random.key(0))])
     if found is None:
         raise UsageError(f"the checkpoints in {folder} cannot be read")
-    return network.export(*found[0].variables)
+    return network.export(*found[0][0].variables)
 
 
 def outputs(model: nnx.Module, dataset: Dataset, images: np.ndarray) -> Outputs:

@@ -56,13 +56,16 @@ def test_a_planted_wrong_peer_is_marked(monkeypatch, tmp_path):
 
 
 def test_without_torch_its_rows_are_left_out_and_one_sentence_says_so(monkeypatch, tmp_path):
+    pytest.importorskip("ot")  # first, for SciPy looks for torch when it is first imported
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     rows, notes = bench_peers.peers(tmp_path, (16,), 4, (2,), 1, ("related",))
     assert notes == [bench_peers.NO_TORCH] and "pip install" in notes[0]
     assert not any("torch" in row["what"] for row in rows)
     answers = {row["what"]: row.get("answer") for row in rows}
     assert answers["floor: two products"] is None
-    assert answers["w2"] == answers["cw2"] == answers["ott-jax, padded classes"] == "right"
+    assert answers["w2"] == answers["cw2"] == "right"
+    # Their epsilon, 5% of the mean cost, puts them 9% and 12% above exact on these clouds.
+    assert answers["ott-jax, defaults"] == answers["ott-jax, padded classes"] == "WRONG"
 
 
 def test_torchs_answer_is_exact():
