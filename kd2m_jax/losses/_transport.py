@@ -247,7 +247,7 @@ def _transport(
         )
     if debiased:
         return _divergence(pair_costs, x, y, groups, epsilon)
-    cost = pair_costs(x, y)
+    cost = _nonnegative(pair_costs(x, y))
     if solver == "exact" and cost.shape[0] != cost.shape[1]:
         raise ValueError(
             f"solver='exact' pairs samples one to one, so it needs m = n, got n = "
@@ -257,9 +257,20 @@ def _transport(
     return jnp.sum(info.coupling * cost), info
 
 
+@jax.custom_jvp
+def _nonnegative(cost: jax.Array) -> jax.Array:
+    """Without the rounding errors below zero, whose gradient stays: one array for all uses."""
+    return jnp.maximum(cost, 0)
+
+
+@_nonnegative.defjvp
+def _(primals, tangents):
+    return _nonnegative(*primals), tangents[0]
+
+
 def _fixed(cost: jax.Array, groups: Groups) -> jax.Array:
-    """What a solver sees: constant non-negative costs, infinite across groups."""
-    return groups.within(jnp.maximum(jax.lax.stop_gradient(cost), 0), outside=jnp.inf)
+    """What a solver sees: constant costs, infinite across groups."""
+    return groups.within(jax.lax.stop_gradient(cost), outside=jnp.inf)
 
 
 def _divergence(
@@ -271,7 +282,8 @@ def _divergence(
     self terms through both arguments. The measure that the entropy is relative to adds
     constants, which cancel.
     """
-    scale = dual_start(_fixed(pair_costs(x, y), groups), groups, epsilon).scale
+    cost = _nonnegative(pair_costs(x, y))
+    scale = dual_start(_fixed(cost, groups), groups, epsilon).scale
     terms = (
         (1.0, x, y, groups),
         (-0.5, x, x, groups._replace(size_t=groups.size_s)),
@@ -279,7 +291,7 @@ def _divergence(
     )
     value, infos = jnp.zeros((), scale.dtype), []
     for weight, p, q, members in terms:
-        cost = pair_costs(p, q)
+        cost = _nonnegative(pair_costs(p, q))
         info, entropic = jax.lax.stop_gradient(
             sinkhorn_plan(_fixed(cost, members), members, epsilon, scale)
         )
