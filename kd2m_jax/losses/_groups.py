@@ -94,8 +94,11 @@ def squared_distances(z_s: jax.Array, z_t: jax.Array) -> jax.Array:
     entries a few ulps of the squared norms below zero.
     """
     z_s, z_t = centred(z_s, z_t)
-    inner = jnp.matmul(z_s, z_t.T, precision=HIGHEST)
-    return jnp.sum(z_s**2, 1)[:, None] + jnp.sum(z_t**2, 1)[None, :] - 2 * inner
+    norm_s, norm_t = (jnp.sum(z**2, 1, keepdims=True) for z in (z_s, z_t))
+    # The norms as two more columns of the product: no other n x m array is made.
+    left = jnp.concatenate([-2 * z_s, norm_s, jnp.ones_like(norm_s)], axis=1)
+    right = jnp.concatenate([z_t, jnp.ones_like(norm_t), norm_t], axis=1)
+    return jnp.matmul(left, right.T, precision=HIGHEST)
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:

@@ -110,7 +110,10 @@ def sinkhorn_plan(
     a, b = groups.weight_s, groups.weight_t
     dual = dual_start(cost, groups, epsilon)
     scale = dual.scale if scale is None else scale
-    cost = cost / scale[:, None]
+    if groups.same is None:  # one epsilon for all, and no second array of costs
+        epsilon, scale = epsilon * scale[0], jnp.ones_like(scale)
+    else:
+        cost = cost / scale[:, None]
     schedule = epsilon_scheduler.Epsilon(target=epsilon, init=10.0, decay=0.8)
     solver = sinkhorn.Sinkhorn(
         threshold=5e-4,
