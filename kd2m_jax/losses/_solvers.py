@@ -20,7 +20,7 @@ class TransportInfo(NamedTuple):
     Attributes:
       coupling: ``[n, m]``, the plan P; non-negative, sums to one.
       converged: bool scalar; True for the exact solver.
-      n_iters: int scalar, Sinkhorn or proximal iterations; 0 for the exact solver.
+      n_iters: int scalar, Sinkhorn and proximal iterations; 0 for the exact solver.
     """
 
     coupling: jax.Array
