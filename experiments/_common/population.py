@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from experiments._common.train import (
 from kd2m_jax import NonFiniteLoss, fit, losses
 from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._checkpoints import Checkpoints
+from kd2m_jax.step import TrainState
 
 LIMIT = 8  # students a program: each makes it longer to compile
 
@@ -114,12 +116,27 @@ def _train(folder: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
     (_, record), (best, _) = saved
     for i, (cell, (config, *_)) in enumerate(zip(group, parts, strict=True)):
         with RunFolder.opened(cell.path, config, resume=True) as own:
-            devices = [d.device_kind for d in jax.devices()]
-            own.write_environment(
-                devices=devices, backend=jax.default_backend(), students_in_one_program=len(group)
-            )
-            if speed := progress.images_per_second():  # of each of them; together that many times
-                own.write_speed("distilled", len(group) * speed)
-        with contextlib.closing(Checkpoints(_own(cell))) as checkpoints:
-            own_record = record | {"logs": [record["logs"][i]]}
-            checkpoints.save(int(states[i].step), [states[i]], own_record, best=[best[i]])
+            _describe(own, len(group), progress.images_per_second())
+        _hand_over(cell, states[i], best[i], _of_one(record, i))
+
+
+def _of_one(record: Any, i: int) -> Any:
+    """What a population's record says of one student: its lists have an entry for each."""
+    if isinstance(record, dict):
+        return {key: _of_one(value, i) for key, value in record.items()}
+    return [record[i]] if isinstance(record, list) else record
+
+
+def _describe(folder: RunFolder, students: int, speed: float | None) -> None:
+    devices = [d.device_kind for d in jax.devices()]
+    folder.write_environment(
+        devices=devices, backend=jax.default_backend(), students_in_one_program=students
+    )
+    if speed:  # that of each of them, of which it does so many at once
+        folder.write_speed("distilled", students * speed)
+
+
+def _hand_over(cell: Cell, state: TrainState, best: Any, record: dict) -> None:
+    """Save a student as `fit` would have alone."""
+    with contextlib.closing(Checkpoints(_own(cell))) as checkpoints:
+        checkpoints.save(int(state.step), [state], record, best=[best])
