@@ -10,6 +10,8 @@ classifiers' gap of cross-entropies is drawn below it; the theorem does not cove
 import dataclasses
 from typing import Annotated
 
+import tyro
+
 from experiments._common.cli import UsageError, main
 from experiments._common.cli import _optional as optional
 
@@ -41,4 +43,4 @@ def run(settings: Bound) -> None:
 
 
 if __name__ == "__main__":
-    main(Bound(run=""), run, module="experiments.bound", description=__doc__)
+    main(Bound(run=tyro.MISSING), run, module="experiments.bound", description=__doc__)

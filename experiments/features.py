@@ -1,14 +1,17 @@
-"""Teacher and student features on test images in the plane, before and after distillation.
+"""Teacher and student features on test images in the plane, without and with distillation.
 
     python -m experiments.features --run=runs/digits-cw2-0
 
-Takes the networks from a finished run's checkpoints; writes features.png (PCA of the teacher's
-features; t-SNE of all three networks' together) and features.json (silhouette of the classes,
-exact squared distances to the teacher) into its folder.
+Takes teacher, student alone (trained on the labels only, which is what "before distillation"
+means here) and distilled student from a finished run's checkpoints; writes features.png (PCA of
+the teacher's features; t-SNE of all three networks' together) and features.json (silhouette of
+the classes, exact squared distances to the teacher) into its folder.
 """
 
 import dataclasses
 from typing import Annotated
+
+import tyro
 
 from experiments._common.cli import UsageError, main
 from experiments._common.cli import _optional as optional
@@ -40,4 +43,4 @@ def run(settings: Features) -> None:
 
 
 if __name__ == "__main__":
-    main(Features(run=""), run, module="experiments.features", description=__doc__)
+    main(Features(run=tyro.MISSING), run, module="experiments.features", description=__doc__)

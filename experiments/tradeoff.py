@@ -32,11 +32,15 @@ def run(settings: Tradeoff) -> None:
     from experiments._common import grid, tradeoff
     from experiments._common.cli import UsageError
 
+    if settings.metric.lower() == grid.ALONE or "+" in settings.metric:
+        raise UsageError(f"--metric must be one metric, for one axis of λ: not {settings.metric}")
+    if not settings.coefs:
+        raise UsageError("--coefs needs a λ")
     metrics = tuple(f"{settings.metric}={coef}" for coef in settings.coefs)
     cells = grid.cells(settings.grid, (settings.dataset,), metrics)
     if any(c.settings.distillation.coef == "0" and c.label != grid.ALONE for c in cells):
         raise UsageError("--coefs must be > 0, for a logarithmic axis: the student alone is 0")
-    grid.train(settings.grid, cells)
+    grid.train(settings.grid, cells, together=True)
     name = f"tradeoff-{settings.dataset}-{settings.metric}".replace(":", "-")
     title = f"{settings.dataset}: {settings.metric} against λ"
     print(f"\n{tradeoff.write(settings.grid.out, cells, title, name)}")

@@ -73,7 +73,10 @@ def test_losses_are_arrays_and_nothing_else(module):
     assert [name for name in ours if not name.startswith(allowed)] == []
 
 
-@pytest.mark.parametrize("module", ["report", "folder", "cli"])
+NO_JAX = ["report", "folder", "cli", "table", "tradeoff", "intervals", "figures", "provenance"]
+
+
+@pytest.mark.parametrize("module", NO_JAX)
 def test_a_report_needs_no_jax(module):
     assert packages(f"experiments._common.{module}").isdisjoint({"jax", "flax", "optax", "orbax"})
     assert "jax" not in loaded(f"import experiments._common.{module}")

@@ -12,8 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments._common import figures, report, restore
-from experiments._common.augment import preprocess
-from experiments._common.protocols import PROTOCOLS
+from experiments._common.train import fit_options
 from kd2m_jax import Outputs, fit, losses, theory
 from kd2m_jax._batches import steps_per_epoch
 
@@ -103,14 +102,8 @@ def _over_training(run: restore.Finished, phase: str, points: int) -> Iterator[t
             result = fit(
                 run.fresh[phase],
                 data.train,
-                preprocess=preprocess(data),
-                optimizer=PROTOCOLS[config["protocol"]].optimizer(config["epochs"], per_epoch),
-                epochs=config["epochs"],
-                batch_size=config["batch_size"],
-                per_class=config["per_class"],
-                seed=config["seed"],
-                max_steps=stop,
                 checkpoint_dir=folder,
+                **fit_options(config | {"max_steps": stop}, data),
                 **options,
             )
             yield stop / per_epoch, result.student

@@ -16,9 +16,9 @@ HEADER = ("", "silhouette", "W2² to teacher", "CW2² to teacher", "L2² to teac
 
 def write(path: str | pathlib.Path, run: restore.Finished, examples: int, seed: int) -> str:
     """Write features.json and features.png into the run folder; returns the numbers as text."""
-    images, labels = (a[:examples] for a in run.dataset.test)
+    images, labels = run.dataset.test
     kept = labels < len(PALETTE)  # so many classes can be told apart by colour
-    images, labels = images[kept], labels[kept]
+    images, labels = images[kept][:examples], labels[kept][:examples]
     out = {k: restore.outputs(model, run.dataset, images) for k, model in run.trained.items()}
     restore.same_size(out)
     features = {name: np.asarray(one.features) for name, one in out.items()}
@@ -67,11 +67,12 @@ def _tsne(features: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
 
 
 def _figure(path: pathlib.Path, planes: dict, labels: np.ndarray, run: restore.Finished) -> None:
-    """Student alone and distilled student, each with the teacher, in both planes."""
+    """Without and with distillation: either student with the teacher, in both planes."""
     figure, axes = figures.plt.subplots(2, 2, figsize=(9, 8.6), sharex="row", sharey="row")
     colours = np.array(PALETTE)[labels]
     for row, (method, plane) in zip(axes, planes.items(), strict=True):
         for axis, student in zip(row, ("student", "distilled"), strict=True):
+            when = "without" if student == "student" else "with"
             for name, marker in (("teacher", "x"), (student, "o")):
                 edge = {"linewidths": 0.8} if marker == "x" else {"linewidths": 0}
                 axis.scatter(*plane[name].T, c=colours, s=14, marker=marker, alpha=0.7, **edge)
@@ -79,7 +80,9 @@ def _figure(path: pathlib.Path, planes: dict, labels: np.ndarray, run: restore.F
                 middle = np.median(plane["teacher"][labels == label], axis=0)
                 box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8}
                 axis.annotate(run.dataset.classes[label], middle, fontsize=8, bbox=box)
-            axis.set_title(f"teacher (x) and {report.TITLES[student]} (o)", fontsize=10)
+            axis.set_title(
+                f"{when} distillation: teacher (x), {report.TITLES[student]} (o)", fontsize=9
+            )
             axis.set_xlabel(f"{method}, first axis")
         row[0].set_ylabel(f"{method}, second axis")
     figures.finish(figure, path)

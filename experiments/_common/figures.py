@@ -2,6 +2,8 @@
 
 import pathlib
 
+from matplotlib.lines import Line2D
+
 from experiments._common import report
 from experiments._common.report import COLOURS, plt
 
@@ -25,7 +27,7 @@ def table(path: pathlib.Path, datasets: dict[str, dict]) -> None:
             colour = {"teacher": COLOURS["teacher"], "none": COLOURS["student"]}.get(
                 metric, COLOURS["distilled"]
             )
-            values = row["last"]["values"]
+            values = [value for value in row["last"]["values"] if value is not None]
             left.plot(values, [y] * len(values), "|", color=GREY, markersize=7)
             dot(left, row["last"], y, colour)
             if row["difference"]:
@@ -35,11 +37,19 @@ def table(path: pathlib.Path, datasets: dict[str, dict]) -> None:
         left.invert_yaxis()
         left.set_xlabel(f"{name}: test accuracy (%)")
         right.set_xlabel("minus student alone (points)")
+    entries = [
+        Line2D([], [], color=GREY, marker="|", linestyle="none", label="a single seed"),
+        Line2D([], [], color=COLOURS["distilled"], marker="o", label="mean, 95% interval"),
+    ]
+    axes[0][0].legend(handles=entries, loc="lower left", bbox_to_anchor=(0, 1), ncols=2,
+                      frameon=False, fontsize=8)  # fmt: skip
     finish(figure, path)
 
 
 def dot(axis, summary: dict, y: float, colour: str) -> None:
-    """A mean with its interval, lying."""
+    """A mean with its interval, lying; nothing where all seeds diverged."""
+    if summary["mean"] is None:
+        return
     if summary["interval"]:
         axis.plot(summary["interval"], [y, y], color=colour, linewidth=1.5)
     axis.plot([summary["mean"]], [y], "o", color=colour, markersize=5)

@@ -3,8 +3,10 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
+import re
 import shutil
 
 from tensorboardX import SummaryWriter
@@ -12,7 +14,7 @@ from tensorboardX import SummaryWriter
 from experiments._common.cli import UsageError
 from kd2m_jax._locks import locked
 
-OURS = ("config.json", "env.json", "metrics.jsonl", "report.md", "curves.png")
+OURS = ("config.json", "env.json", "metrics.jsonl", "report.md", "curves.png", "diverged.json")
 OUR_FOLDERS = ("checkpoints", "tensorboard")
 PACKAGES = ("kd2m-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "orbax-checkpoint", "numpy")
 
@@ -49,6 +51,8 @@ class RunFolder:
             yield cls(path, config, resume=resume)
 
     def _check_same(self, old: dict, new: dict) -> None:
+        # data_sha256 covers what it adds, so a folder from before it was written down is the same.
+        old = {"train_examples": new.get("train_examples"), **old}
         changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
         if changed:
             what = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
@@ -73,13 +77,13 @@ class RunFolder:
     def write_environment(self, **more) -> None:
         """Versions and machine, what may explain a difference between two runs."""
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        host = {"python": platform.python_version(), "machine": platform.machine()}
+        host = {"python": platform.python_version(), "machine": platform.machine(), **processor()}
         env = {**host, "packages": versions, **more}
         if (self.path / "env.json").exists():
             before = json.loads((self.path / "env.json").read_text())
             speed, earlier = before.pop("images_per_second"), before.pop("earlier", [])
             env |= {"images_per_second": speed}
-            if changed := {k: v for k, v in before.items() if env[k] != v}:
+            if changed := {k: v for k, v in before.items() if env.get(k) != v}:
                 earlier = [*earlier, changed]
             if earlier:
                 env |= {"earlier": earlier}
@@ -114,6 +118,13 @@ class RunFolder:
                 writer.flush()
 
         return write
+
+
+def processor() -> dict:
+    """The CPU's model, where Linux tells it, and how many cores there are."""
+    info = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return {"cpu": found[1] if found else platform.processor(), "cores": os.cpu_count()}
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:

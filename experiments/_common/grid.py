@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import itertools
+import json
 import pathlib
 import re
 from typing import Annotated, Any, Literal
@@ -10,8 +12,8 @@ from tqdm import tqdm
 
 from experiments._common.cli import Distillation, Run, Settings, UsageError, check
 from experiments._common.cli import _optional as optional
-from experiments._common.data import DATASETS
-from experiments._common.folder import read_metrics
+from experiments._common.data import DATASETS, Dataset
+from experiments._common.folder import RunFolder, read_metrics
 
 ALONE = "none"
 _MAINS = "the data set's own main"
@@ -61,9 +63,15 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a data set, a metric with its lambda, a seed."""
+    """One run: a data set, a metric with its lambda, a seed.
+
+    Attributes:
+      row: the metric as the user wrote it, the same for all data sets.
+      label: the metric with its lambda if that is not the data set's own, which names the folder.
+    """
 
     dataset: str
+    row: str
     label: str
     seed: int
     settings: Settings
@@ -77,6 +85,12 @@ class Cell:
     def alone(self) -> pathlib.Path:
         """Where its seed's student alone is kept."""
         return self.path.parent / ALONE / "checkpoints" / "student"
+
+    @property
+    def diverged(self) -> int | None:
+        """The step at which its training diverged, if it did."""
+        file = self.path / "diverged.json"
+        return json.loads(file.read_text())["step"] if file.exists() else None
 
 
 def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = None) -> Cell:
@@ -96,9 +110,9 @@ def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = No
         name = name.replace("_", "-").lower()
     weights, default = _weights(own or coef or default), _weights(default)
     if name == ALONE:  # lambda and the weight of the labels are no settings of its
-        label, distillation = name, Distillation(metric=name, coef="0")
+        metric, label, distillation = name, name, Distillation(metric=name, coef="0")
     else:
-        if "," not in weights:  # one for all terms of a sum
+        if "," not in weights and not weights[:1].isalpha():  # one number for all terms of a sum
             weights = ",".join([weights] * (name.count("+") + 1))
         label = name if weights == default else f"{name}={weights}"
         labels = main.distillation.task_coef if grid.task_coef is None else grid.task_coef
@@ -115,7 +129,7 @@ def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = No
         dataclasses.replace(with_given(main.training), seed=seed),
         Run(grid.data_dir, str(folder), resume=True, max_steps=grid.max_steps),
     )
-    return Cell(dataset, label, seed, settings)
+    return Cell(dataset, metric, label, seed, settings)
 
 
 def _weights(coef: str) -> str:
@@ -133,51 +147,87 @@ def cells(grid: Grid, datasets: tuple[str, ...], metrics: tuple[str, ...], coef:
     for flag, value in (("--seeds", grid.seeds), ("--train-examples", grid.train_examples)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
-    found: dict[pathlib.Path, Cell] = {}
-    for dataset in dict.fromkeys(datasets):
-        for seed in range(grid.seeds):
-            for metric in (ALONE, *metrics):
-                one = cell(grid, dataset, metric, seed, coef)
-                if seed == 0:
-                    check(one.settings)
-                    check_names(one.settings)
-                found.setdefault(one.path, one)
-    return list(found.values())
+    if not datasets:
+        raise UsageError("--dataset needs a data set")
+    rows: dict[tuple[str, ...], str] = {}
+    for metric in (ALONE, *metrics):
+        ones = [cell(grid, dataset, metric, 0, coef) for dataset in datasets]
+        for one in ones:
+            check(one.settings)
+            check_names(one.settings)
+        # Written twice, in two ways even, it is one row; but not where data sets tell them apart.
+        rows.setdefault(tuple(one.label for one in ones), metric)
+    places = itertools.product(dict.fromkeys(datasets), range(grid.seeds), rows.values())
+    return [cell(grid, dataset, metric, seed, coef) for dataset, seed, metric in places]
 
 
-def train(grid: Grid, wanted: list[Cell]) -> dict[str, dict[str, int]]:
+def train(grid: Grid, wanted: list[Cell], together: bool = False) -> dict[str, dict[str, int]]:
     """Train what is not there yet, with a bar of cells done and time left.
+
+    A run that diverges is recorded in its folder, and the others go on. With ``together`` the
+    distilled students of a data set and seed are trained in one program.
 
     Returns for each data set how many examples there are to train and to test on.
     """
     from experiments._common.data import load
+    from experiments._common.population import train_together
     from experiments._common.train import distil
+    from kd2m_jax import NonFiniteLoss
 
     dataset, sizes = None, {}
     with tqdm(total=len(wanted), unit=" cells", desc="Cells", smoothing=0) as bar:
-        for one in wanted:
-            bar.set_postfix_str(f"{one.dataset}, seed {one.seed}, {one.label}")
-            if dataset is None or dataset.name != one.dataset:
-                dataset = load(one.dataset, grid.data_dir)
-                if n := grid.train_examples:
-                    images, labels = dataset.train
-                    dataset = dataclasses.replace(dataset, train=(images[:n], labels[:n]))
-                sizes[one.dataset] = {
-                    "train": len(dataset.train[0]),
-                    "test": len(dataset.test[0]),
-                }
-            done = (one.path / "report.md").exists()
-            distil(one.settings, dataset, alone=one.alone)
-            if done:  # says nothing about how long the others will take
-                bar.initial += 1
-            bar.update()
+        for (name, seed), group in itertools.groupby(wanted, lambda c: (c.dataset, c.seed)):
+            if dataset is None or dataset.name != name:
+                dataset = load(name, grid.data_dir)
+                if grid.train_examples:
+                    dataset = shortened(dataset, grid.train_examples)
+                sizes[name] = {"train": len(dataset.train[0]), "test": len(dataset.test[0])}
+            alone, *others = group
+            for one in (alone, *others):
+                bar.set_postfix_str(f"{name}, seed {seed}, {one.row}")
+                if together and one in others[:1] and alone.diverged is None:
+                    train_together(others, dataset)
+                if _settled(one, dataset):  # says nothing about how long the others will take
+                    bar.initial += 1
+                else:
+                    try:
+                        distil(one.settings, dataset, alone=one.alone)
+                    except NonFiniteLoss as error:
+                        _write_diverged(one, str(error))
+                        tqdm.write(f"{name}, seed {seed}, {one.row}: {error}; left out")
+                bar.update()
     return sizes
 
 
-def scores(path: pathlib.Path, phase: str) -> list[float]:
-    """Test accuracies of a run's phase in percent, one an epoch."""
+def shortened(dataset: Dataset, examples: int) -> Dataset:
+    """The data set with its first so many training images only."""
+    images, labels = dataset.train
+    return dataclasses.replace(dataset, train=(images[:examples], labels[:examples]))
+
+
+def _settled(one: Cell, dataset: Dataset) -> bool:
+    """Whether it ended before; UsageError where that was with another configuration."""
+    from experiments._common.train import configured
+
+    if not (one.path / "report.md").exists() and one.diverged is None:
+        return False
+    config, *_ = configured(one.settings, dataset)
+    with RunFolder.opened(one.path, config, resume=True):
+        return True
+
+
+def _write_diverged(one: Cell, message: str) -> None:
+    found = re.search(r"step (\d+)", message)
+    record = {"step": int(found[1]) if found else 0, "message": message}
+    (one.path / "diverged.json").write_text(json.dumps(record) + "\n")
+
+
+def scores(one: Cell, phase: str) -> list[float | None]:
+    """Test accuracies of a run's phase in percent, one an epoch; None if the run diverged."""
+    if one.diverged is not None:
+        return [None]
     return [
         100 * line["test_accuracy"]
-        for line in read_metrics(path)
+        for line in read_metrics(one.path)
         if line["phase"] == phase and "test_accuracy" in line
     ]

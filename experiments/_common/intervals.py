@@ -12,8 +12,14 @@ LEVEL = 0.95
 
 
 def summary(values: ArrayLike) -> dict:
-    """Mean, standard deviation (over n - 1) and 95% t-interval of the mean; None where n = 1."""
+    """Mean, standard deviation (over n - 1) and 95% t-interval of the mean; None where n = 1.
+
+    A value that is None, of a run that diverged, is left out; the mean of nothing is None.
+    """
     x = np.asarray(values, float)
+    x = x[~np.isnan(x)]
+    if not len(x):
+        return {"mean": None, "sd": None, "interval": None}
     sd = float(x.std(ddof=1)) if len(x) > 1 else None
     mean = float(x.mean())
     return {"mean": mean, "sd": sd, "interval": _interval(mean, sd, len(x))}
@@ -22,16 +28,17 @@ def summary(values: ArrayLike) -> dict:
 def paired(values: ArrayLike, reference: ArrayLike) -> dict:
     """The mean difference of pairs, its 95% t-interval and two-sided p-value.
 
-    One pair, or differences that are all the same, say nothing of their spread: the interval and
-    p are None then.
+    A pair with None on one side is left out. One pair, or differences that are all the same, say
+    nothing of their spread: the interval and p are None then.
     """
     difference = np.asarray(values, float) - np.asarray(reference, float)
     # Accuracies are counts over n: what differs by rounding alone is the same.
     found = summary(difference.round(9))
     if not found["sd"]:
         return {"mean": found["mean"], "sd": found["sd"], "interval": None, "p": None}
-    t = found["mean"] / (found["sd"] / math.sqrt(len(difference)))
-    return {**found, "p": float(2 * stats.t.sf(abs(t), len(difference) - 1))}
+    n = np.count_nonzero(~np.isnan(difference))
+    t = found["mean"] / (found["sd"] / math.sqrt(n))
+    return {**found, "p": float(2 * stats.t.sf(abs(t), n - 1))}
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:

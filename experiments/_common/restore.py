@@ -13,9 +13,16 @@ from flax import nnx
 from experiments._common.augment import preprocess
 from experiments._common.cli import UsageError
 from experiments._common.data import Dataset, load
-from experiments._common.grid import ALONE
+from experiments._common.grid import ALONE, shortened
 from experiments._common.protocols import PROTOCOLS
-from experiments._common.train import _metric, _network, _with_projector, teacher_name
+from experiments._common.train import (
+    _metric,
+    _network,
+    _with_class_cost,
+    _with_projector,
+    data_sha256,
+    teacher_name,
+)
 from kd2m_jax import Network, Outputs, losses
 from kd2m_jax._checkpoints import Checkpoints
 from kd2m_jax.networks import as_network
@@ -47,9 +54,17 @@ def finished(path: str | pathlib.Path, data_dir: str | None) -> Finished:
     if not (path / "report.md").exists():
         raise UsageError(f"--run {path} is not the folder of a finished run")
     config = json.loads((path / "config.json").read_text())
-    dataset, metric = load(config["dataset"], data_dir), _metric(config)
+    metric = _metric(config)
     if metric is None:
         raise UsageError(f"--run {path} has no distilled student: its metric is none")
+    dataset = load(config["dataset"], data_dir)
+    if "train_examples" in config:
+        dataset = shortened(dataset, config["train_examples"])
+    if data_sha256(dataset) != config["data_sha256"]:
+        raise UsageError(
+            f"--run {path} was trained on other images than those of {config['dataset']} here "
+            "(data_sha256). After --train-examples, the table's command once more notes how many"
+        )
     teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
     fresh = {"student": student, "distilled": _with_projector(student, teacher, dataset, metric)}
     alone = path / "checkpoints" / "student"
@@ -61,11 +76,13 @@ def finished(path: str | pathlib.Path, data_dir: str | None) -> Finished:
         "distilled": path / "checkpoints" / "distilled",
     }
     models = {"teacher": teacher, **fresh}
-    trained = {k: _last(models[k], folder, config, dataset) for k, folder in folders.items()}
+    trained = {k: last(models[k], folder, config, dataset) for k, folder in folders.items()}
+    metric = _with_class_cost(metric, trained["teacher"], dataset)
     return Finished(config, dataset, metric, fresh, trained)
 
 
-def _last(model, folder: pathlib.Path, config: dict, dataset: Dataset) -> nnx.Module:
+def last(model, folder: pathlib.Path, config: dict, dataset: Dataset) -> nnx.Module:
+    """A network as a checkpoint folder's last epoch has it; ``model`` is one of its kind."""
     if not (folder / "last").exists():
         raise UsageError(f"there is no checkpoint in {folder}: has it been moved?")
     network = as_network(model)
@@ -99,4 +116,7 @@ def same_size(out: dict[str, Outputs]) -> None:
     sizes = {name: one.features.shape[1] for name, one in out.items()}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise UsageError(f"features must be of one size to be compared, and are not: {told}")
+        raise UsageError(
+            f"features must be of one size to be compared, and are not: {told}. Distil between "
+            "two networks that share it, as resnet20 and resnet8 do (64)"
+        )

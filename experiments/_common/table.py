@@ -1,15 +1,15 @@
 """From the cells of a table to table.json, table.md, table.tex and table.png. No JAX."""
 
-import datetime
 import json
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from experiments._common import figures, intervals, report
+from experiments._common import figures, intervals, provenance, report
 from experiments._common.grid import ALONE, Cell, scores
 
 # Test accuracy in percent, ResNet-34 to ResNet-18: Fernandes Montesuma, KD2M, GSI 2025, arXiv
@@ -23,6 +23,7 @@ _ROWS = ("teacher", ALONE, "w2", "cw2", "jw2", "gaussian-w2", "gaussian-cw2", "g
 TITLES = {"teacher": "teacher", ALONE: "student alone"}
 CONFIG = ("teacher", "student", "stem", "pretrained_teacher", "pretrained_student", "protocol")
 CONFIG += ("optimizer", "epochs", "batch_size", "per_class", "precision", "max_steps")
+_HEADER = ("", "λ", "accuracy (%)", "minus alone", "95% interval", "p (Holm)", "best epoch (%)")
 CAVEAT = (
     "Mean ± standard deviation over seeds of the last epoch's accuracy over all test examples; "
     "differences are paired by seed (same teacher, initialisation and batches), with 95% "
@@ -37,11 +38,9 @@ def write(out: str | pathlib.Path, cells: list[Cell], sizes: dict[str, dict[str,
     datasets = {}
     for name in sizes:
         datasets[name] = _dataset([c for c in cells if c.dataset == name], name, sizes[name])
-    first = json.loads((cells[0].path / "env.json").read_text())
     table = {
         "command": shlex.join(["python", "-m", "experiments.table", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "environment": {k: first[k] for k in ("python", "machine", "packages", "devices")},
+        **provenance.of(cells),
         "seeds": len({c.seed for c in cells}),
         "datasets": datasets,
         "average": _average(list(datasets.values())) if len(datasets) > 1 else None,
@@ -59,20 +58,31 @@ def write(out: str | pathlib.Path, cells: list[Cell], sizes: dict[str, dict[str,
 def _dataset(cells: list[Cell], name: str, examples: dict[str, int]) -> dict:
     """All numbers of one data set."""
     config = json.loads((cells[0].path / "config.json").read_text())
-    metrics = [(c.label, c.settings.distillation) for c in cells if c.label != ALONE]
-    own = [d.coef for label, d in metrics if label == d.metric]
-    epochs = {"teacher": [scores(c.path, "teacher") for c in cells if c.label == ALONE]}
+    asked = {c.row: c.settings.distillation for c in cells}
+    published = dict(zip(_ROWS, PUBLISHED[name], strict=True)) if name in PUBLISHED else {}
+    epochs = {"teacher": [scores(c, "teacher") for c in cells if c.row == ALONE]}
     for cell in cells:
-        phase = "student" if cell.label == ALONE else "distilled"
-        epochs.setdefault(cell.label, []).append(scores(cell.path, phase))
+        phase = "student" if cell.row == ALONE else "distilled"
+        epochs.setdefault(cell.row, []).append(scores(cell, phase))
+    compared = _compare(
+        {row: [e[-1] for e in found] for row, found in epochs.items()},
+        {row: [None if None in e else max(e) for e in found] for row, found in epochs.items()},
+        # Whatever its lambda: the paper's own is in its protocol, not in the row's name.
+        {"teacher": published.get("teacher")}
+        | {row: published.get(d.metric) for row, d in asked.items()},
+    )
+    for row, numbers in compared["rows"].items():
+        own = [c for c in cells if c.row == (ALONE if row == "teacher" else row)]
+        numbers["coef"] = None if row in TITLES else asked[row].coef
+        numbers["diverged"] = {c.seed: c.diverged for c in own if c.diverged is not None}
+        numbers["dates"] = [provenance.date(c) for c in own]
+    # Neither of the student alone: the weight of the labels beside a distance.
+    weights = {d.task_coef for row, d in asked.items() if row != ALONE}
+    task_coef = weights.pop() if weights else None
     return {
         "examples": examples,
-        "config": {"coef": own[0] if own else None} | {key: config[key] for key in CONFIG},
-        **_compare(
-            {row: [e[-1] for e in found] for row, found in epochs.items()},
-            {row: [max(e) for e in found] for row, found in epochs.items()},
-            dict(zip(_ROWS, PUBLISHED[name], strict=True)) if name in PUBLISHED else {},
-        ),
+        "config": {"task_coef": task_coef} | {key: config[key] for key in CONFIG},
+        **compared,
     }
 
 
@@ -97,7 +107,7 @@ def _average(datasets: Sequence[dict]) -> dict:
     """The same of each seed's mean over the data sets."""
     names = datasets[0]["rows"]
     last, best = (
-        {n: np.mean([d["rows"][n][e]["values"] for d in datasets], axis=0).tolist() for n in names}
+        {n: _means([d["rows"][n][e]["values"] for d in datasets]) for n in names}
         for e in ("last", "best")
     )
     published = {}
@@ -105,6 +115,11 @@ def _average(datasets: Sequence[dict]) -> dict:
         found = {n: [d["rows"][n]["published"] for d in datasets] for n in names}
         published = {n: float(np.mean(v)) for n, v in found.items() if None not in v}
     return _compare(last, best, published)
+
+
+def _means(values: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """Of each seed over the data sets; None where it diverged on one."""
+    return [None if None in seed else float(np.mean(seed)) for seed in zip(*values, strict=True)]
 
 
 def _averaged(table: dict) -> dict:
@@ -116,9 +131,9 @@ def _title(name: str, found: dict) -> str:
         return "average of the data sets"
     config, examples = found["config"], found["examples"]
     cut = f", cut after {config['max_steps']} steps" if config["max_steps"] else ""
-    weight = f", λ = {config['coef']}" if config["coef"] else ""
+    task = f", weight of the labels {config['task_coef']:g}" if config["task_coef"] else ""
     return (
-        f"{name}: {config['teacher']} to {config['student']}{weight}; protocol "
+        f"{name}: {config['teacher']} to {config['student']}{task}; protocol "
         f"{config['protocol']} ({config['optimizer']}), {config['epochs']} epochs, batch "
         f"{config['batch_size']}{cut}; {examples['train']:,} training and "
         f"{examples['test']:,} test examples"
@@ -127,12 +142,11 @@ def _title(name: str, found: dict) -> str:
 
 def _rows(found: dict) -> list[list[str]]:
     published = any(row["published"] for row in found["rows"].values())
-    header = ["", "accuracy (%)", "minus alone", "95% interval", "p (Holm)", "best epoch (%)"]
-    table = [header + ["published (%)"] * published]
+    table = [[*_HEADER, *["published (%)"] * published]]
     for name, row in found["rows"].items():
         difference = row["difference"] or {}
-        cells = [_name(name), _mean(row["last"])]
-        cells += [f"{difference['mean']:+.2f}" if difference else ""]
+        cells = [_name(name), row.get("coef") or "", _mean(row["last"])]
+        cells += [_difference(difference["mean"]) if difference else ""]
         cells += [_interval(difference.get("interval")) if difference else ""]
         cells += [_p(difference["p_holm"]) if "p_holm" in difference else "", _mean(row["best"])]
         table.append(cells + [f"{row['published']:.2f}" if row["published"] else ""] * published)
@@ -144,9 +158,16 @@ def _name(row: str) -> str:
 
 
 def _mean(summary: dict) -> str:
-    return f"{summary['mean']:.2f}" + (
-        f" ± {summary['sd']:.2f}" if summary["sd"] is not None else ""
-    )
+    if summary["mean"] is None:
+        return "diverged"
+    spread = "" if summary["sd"] is None else f" ± {summary['sd']:.2f}"
+    left = [value for value in summary["values"] if value is not None]
+    missing = len(summary["values"]) - len(left)
+    return f"{summary['mean']:.2f}{spread}" + (f" ({len(left)} seeds)" if missing else "")
+
+
+def _difference(mean: float | None) -> str:
+    return "unknown" if mean is None else f"{mean:+.2f}"
 
 
 def _interval(interval: list[float] | None) -> str:
@@ -174,8 +195,23 @@ def _sentence(found: dict) -> str:
         f"adjustment for {len(metrics)} metrics: {', '.join(sure) or 'none'} told apart. Of "
         f"{len(found['pairs'])} pairs of metrics {len(ordered)} are told apart after adjustment"
         + "".join(f"; {_ordered(pair)}" for pair in ordered)
-        + f". The teacher minus the student alone: {teacher['mean']:+.2f} points, "
-        f"{_interval(teacher['interval'])}."
+        + f". The teacher minus the student alone: {_difference(teacher['mean'])} points, "
+        f"{_interval(teacher['interval'])}." + _diverged(found)
+    )
+
+
+def _diverged(found: dict) -> str:
+    """Which runs diverged, and what that does to the numbers."""
+    runs = [
+        f"{_name(name)}, seed {seed} at step {step}"
+        for name, row in found["rows"].items()
+        for seed, step in row.get("diverged", {}).items()
+    ]
+    if not runs:
+        return ""
+    return (
+        f" Diverged, and left out of their rows' means and of all differences: {'; '.join(runs)}. "
+        "What is left of such a row are the seeds that went well."
     )
 
 
@@ -185,7 +221,6 @@ def _ordered(pair: dict) -> str:
 
 
 def _markdown(table: dict) -> list[str]:
-    packages = table["environment"]["packages"]
     lines = ["# Teacher, student alone and each metric", "", "```bash", table["command"], "```", ""]
     lines += [f"{table['seeds']} seeds. {CAVEAT}", ""]
     datasets = {**table["datasets"], **_averaged(table)}
@@ -201,9 +236,7 @@ def _markdown(table: dict) -> list[str]:
             "",
         ]
     lines += ["![Accuracies and differences to the student alone](table.png)", ""]
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
-    lines += [f"{table['date']}, {', '.join(table['environment']['devices'])}, {versions}."]
-    return lines
+    return [*lines, provenance.sentence(table)]
 
 
 def _columns(table: dict) -> list[list[str]]:
@@ -220,35 +253,47 @@ def _columns(table: dict) -> list[list[str]]:
 def _latex(table: dict) -> list[str]:
     """The same columns, each with its difference to the student alone, in booktabs."""
     datasets = {**table["datasets"], **_averaged(table)}
-    heads = [f"\\multicolumn{{2}}{{c}}{{{name}}}" for name in datasets]
-    rules = [f"\\cmidrule(lr){{{2 * i + 2}-{2 * i + 3}}}" for i in range(len(datasets))]
+    heads = [rf"\multicolumn{{2}}{{c}}{{{_escaped(name)}}}" for name in datasets]
+    rules = [rf"\cmidrule(lr){{{2 * i + 2}-{2 * i + 3}}}" for i in range(len(datasets))]
     lines = [
         f"% {table['command']}",
         f"% {table['date']}, {table['seeds']} seeds",
         *(f"% {_title(name, found)}" for name, found in datasets.items()),
-        f"\\begin{{tabular}}{{l{'rr' * len(datasets)}}}",
-        "\\toprule",
+        rf"\begin{{tabular}}{{l{'rr' * len(datasets)}}}",
+        r"\toprule",
         " & ".join(["", *heads]) + r" \\",
         " ".join(rules),
         " & ".join(["", *[r"accuracy (\%)", r"minus alone [95\%]"] * len(datasets)]) + r" \\",
-        "\\midrule",
+        r"\midrule",
     ]
     for name in next(iter(datasets.values()))["rows"]:
-        cells = [_name(name).replace("_", r"\_")]
+        cells = [_escaped(_name(name))]
         for found in datasets.values():
             row = found["rows"][name]
-            cells += ["$" + _mean(row["last"]).replace("±", r"\pm") + "$"]
             d = row["difference"]
-            cells += [f"${d['mean']:+.2f}$ {_interval(d['interval'])}" if d else ""]
-        lines.append(" & ".join(cells).replace("λ", r"$\lambda$") + r" \\")
+            cells += [_maths(_mean(row["last"]))]
+            cells += [_maths(f"{_difference(d['mean'])} {_interval(d['interval'])}") if d else ""]
+        lines.append(" & ".join(cells) + r" \\")
         if name == ALONE:
-            lines.append("\\midrule")
+            lines.append(r"\midrule")
     published = [found["rows"] for found in datasets.values()]
     if any(rows[ALONE]["published"] for rows in published):
-        lines += ["\\midrule", r"\multicolumn{1}{l}{\emph{published, one seed, other protocol}} \\"]
+        heading = r"\emph{published, one seed, other protocol}"
+        width = 1 + 2 * len(datasets)
+        lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{{heading}}} \\"]
         for name in next(iter(datasets.values()))["rows"]:
             values = [rows[name]["published"] for rows in published]
             if any(values):
                 cells = [f"${v:.2f}$ & " if v else " & " for v in values]
-                lines.append(f"{_name(name)} & " + " & ".join(cells) + r" \\")
-    return [*lines, "\\bottomrule", "\\end{tabular}"]
+                lines.append(f"{_escaped(_name(name))} & " + " & ".join(cells) + r" \\")
+    return [*lines, r"\bottomrule", r"\end{tabular}"]
+
+
+def _escaped(name: str) -> str:
+    """A name with what LaTeX would read as its own."""
+    return re.sub(r"[&%$#_{}]", lambda found: "\\" + found[0], name)
+
+
+def _maths(text: str) -> str:
+    """Numbers in math mode, where a minus is one."""
+    return re.sub(r"[-+]?\d[\d.]*", r"$\g<0>$", text).replace("±", r"$\pm$")

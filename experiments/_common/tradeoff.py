@@ -1,14 +1,16 @@
 """From runs with several lambdas to the trade-off's JSON, Markdown and figure. No JAX."""
 
 import json
+import math
 import pathlib
 import shlex
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments._common import figures, intervals, report
+from experiments._common import figures, intervals, provenance, report
 from experiments._common.folder import read_metrics
 from experiments._common.grid import ALONE, Cell, scores
 
@@ -24,22 +26,26 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
     for one in cells:
         if one.label != ALONE:
             coef = one.settings.distillation.coef
-            accuracy.setdefault(coef, []).append(scores(one.path, "distilled")[-1])
-            losses.setdefault(coef, []).append(_last_epoch(one.path))
-    reference = [scores(c.path, "student")[-1] for c in alone]
+            accuracy.setdefault(coef, []).append(scores(one, "distilled")[-1])
+            if one.diverged is None:
+                losses.setdefault(coef, []).append(_last_epoch(one.path))
+    reference = [scores(c, "student")[-1] for c in alone]
     differences = intervals.compare(accuracy, reference)
     found = {
         "title": title,
         "command": shlex.join(["python", "-m", "experiments.tradeoff", *sys.argv[1:]]),
-        "teacher": intervals.summary([scores(c.path, "teacher")[-1] for c in alone]),
+        **provenance.of(cells),
+        "teacher": intervals.summary([scores(c, "teacher")[-1] for c in alone]),
         "alone": intervals.summary(reference),
         "coefs": {
             coef: {
                 "accuracy": intervals.summary(values),
                 "difference": differences[coef],
+                "diverged": {c.seed: c.diverged for c in cells if c.diverged is not None
+                             and c.settings.distillation.coef == coef},
                 # What lambda was: a number, or its geometric mean over training where tracked.
-                "lambda": float(np.exp(np.mean([x["log_coef"] for x in losses[coef]]))),
-                **{key: intervals.summary([x[key] for x in losses[coef]])
+                "lambda": _geometric([x["coef"] for x in losses.get(coef, [])]),
+                **{key: intervals.summary([x[key] for x in losses.get(coef, [])])
                    for key in ("task_loss", "distillation_loss")},
             }
             for coef, values in accuracy.items()
@@ -56,55 +62,80 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
     )
     (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     lines = [f"# {title}", "", "```bash", found["command"], "```", "", *report.markdown(rows), ""]
-    lines += [note, "", f"![Accuracy and both losses against lambda]({name}.png)", ""]
+    lines += [
+        note,
+        "",
+        provenance.sentence(found),
+        "",
+        f"![Accuracy and both losses against lambda]({name}.png)",
+        "",
+    ]
     (out / f"{name}.md").write_text("\n".join(lines))
     _figure(out / f"{name}.png", found)
     return f"{title}\n{report.aligned(rows)}\n\n{note}"
 
 
-def _last_epoch(path: pathlib.Path) -> dict[str, float]:
-    """Means of both losses over the last epoch's records, and lambda's logarithm over all."""
+def _last_epoch(path: pathlib.Path) -> dict[str, float | None]:
+    """Means of both losses over the last epoch's records, and lambda's geometric mean over all."""
     lines = [line for line in read_metrics(path) if line["phase"] == "distilled"]
     last = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
-    found = {k: np.mean([line[k] for line in last]) for k in ("task_loss", "distillation_loss")}
-    found["log_coef"] = np.mean([np.log(line["coef"]) for line in lines])
-    return {key: float(value) for key, value in found.items()}
+    found = {k: float(np.mean([r[k] for r in last])) for k in ("task_loss", "distillation_loss")}
+    return {**found, "coef": _geometric([line["coef"] for line in lines])}
+
+
+def _geometric(values: Iterable[float | None]) -> float | None:
+    """The geometric mean; a tracked lambda is 0 or infinite where a gradient vanishes: left out."""
+    logs = [math.log(value) for value in values if value and math.isfinite(value)]
+    return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def _row(coef: str, found: dict) -> tuple[str, ...]:
     d = found["difference"]
     interval = d["interval"]
+    tracked = coef.startswith("auto") and found["lambda"]
     return (
-        coef if not coef.startswith("auto") else f"{coef} (mean {found['lambda']:.2g})",
-        _mean(found["accuracy"]),
-        f"{d['mean']:+.2f}",
+        f"{coef} (mean {found['lambda']:.2g})" if tracked else coef,
+        _mean(found["accuracy"]) + _diverged(found),
+        "unknown" if d["mean"] is None else f"{d['mean']:+.2f}",
         f"[{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "unknown",
         "unknown" if d["p_holm"] is None else f"{d['p_holm']:.3f}",
-        f"{found['task_loss']['mean']:.4g}",
-        f"{found['distillation_loss']['mean']:.4g}",
+        *(
+            "unknown" if mean is None else f"{mean:.4g}"
+            for mean in (found["task_loss"]["mean"], found["distillation_loss"]["mean"])
+        ),
     )
 
 
+def _diverged(found: dict) -> str:
+    runs = [f"seed {seed} diverged at step {step}" for seed, step in found["diverged"].items()]
+    return f" ({', '.join(runs)}: left out)" if runs else ""
+
+
 def _mean(summary: dict) -> str:
+    if summary["mean"] is None:
+        return "unknown"
     spread = "" if summary["sd"] is None else f" ± {summary['sd']:.2f}"
     return f"{summary['mean']:.2f}{spread}"
 
 
 def _figure(path: pathlib.Path, found: dict) -> None:
-    """Three panels over one logarithmic axis of lambda."""
+    """Four panels over one logarithmic axis of lambda."""
     panels = (
         ("accuracy", "test accuracy (%)"),
+        ("difference", "accuracy minus student alone (points)"),
         ("task_loss", "cross-entropy, training (nats)"),
         ("distillation_loss", "distance to the teacher, training"),
     )
-    figure, axes = figures.plt.subplots(1, 3, figsize=(10, 3.2))
+    figure, grid = figures.plt.subplots(2, 2, figsize=(8, 6), sharex=True)
+    axes = grid.ravel()
+    shown = {coef: row for coef, row in found["coefs"].items() if row["lambda"]}
     for axis, (key, label) in zip(axes, panels, strict=True):
         for auto in (False, True):
-            points = sorted(
+            points = [
                 (row["lambda"], row[key])
-                for coef, row in found["coefs"].items()
-                if coef.startswith("auto") == auto
-            )
+                for coef, row in sorted(shown.items(), key=lambda item: item[1]["lambda"])
+                if coef.startswith("auto") == auto and row[key]["mean"] is not None
+            ]
             colour = figures.COLOURS["teacher"] if auto else figures.COLOURS["distilled"]
             for i, (x, summary) in enumerate(points):
                 if summary["interval"]:
@@ -114,19 +145,24 @@ def _figure(path: pathlib.Path, found: dict) -> None:
                 axis.plot(x, summary["mean"], marker, color=colour, markersize=5, label=title)
             if not auto:
                 axis.plot([x for x, _ in points], [s["mean"] for _, s in points], color=colour)
-        shown = [row["lambda"] for row in found["coefs"].values()]
-        axis.set_xscale("log")
-        axis.set_xlim(min(shown) / 3, 3 * max(shown))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel("λ")
         axis.set_ylabel(label)
+    if shown:
+        lambdas = [row["lambda"] for row in shown.values()]
+        axes[0].set_xscale("log")
+        axes[0].set_xlim(min(lambdas) / 3, 3 * max(lambdas))
+        axes[0].xaxis.set_minor_formatter(NullFormatter())
+    for axis in grid[1]:
+        axis.set_xlabel("λ")
     for phase in ("teacher", "alone"):
         colour = figures.COLOURS["student"] if phase == "alone" else figures.GREY
         title = "student alone" if phase == "alone" else "teacher"
+        if found[phase]["mean"] is None:
+            continue
         axes[0].axhline(found[phase]["mean"], color=colour, linewidth=1, label=title)
         if phase == "alone" and found[phase]["interval"]:
             axes[0].axhspan(*found[phase]["interval"], color=colour, alpha=0.15, linewidth=0)
+    axes[1].axhline(0, color=figures.COLOURS["student"], linewidth=1)
     # Where there is room: the distance falls with lambda.
     handles = axes[0].get_legend_handles_labels()
-    axes[2].legend(*handles, loc="upper right", frameon=False, fontsize=8)
+    axes[3].legend(*handles, loc="upper right", frameon=False, fontsize=8)
     figures.finish(figure, path)

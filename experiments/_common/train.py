@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,8 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
     protocol = PROTOCOLS[t.protocol]
     return {
         "dataset": dataset.name,
-        "data_sha256": _sha256(*(a.tobytes() for a in (*dataset.train, *dataset.test))),
+        "data_sha256": data_sha256(dataset),
+        "train_examples": len(dataset.train[0]),
         "metric": d.metric.replace("_", "-").lower(),
         "coef": list(coefficients(d)),
         "task_coef": d.task_coef,
@@ -348,3 +350,30 @@ def _try_out(metric, student: Outputs, teacher: Outputs) -> None:
         jax.eval_shape(lambda s, t: metric(s, t, labels, key=jax.random.key(0)), student, teacher)
     except (ValueError, TypeError) as error:
         raise UsageError(f"--metric={metric.label}: {error}") from error
+
+
+def data_sha256(dataset: Dataset) -> str:
+    """Of all images and labels, for training and for testing."""
+    return _sha256(*(a.tobytes() for a in (*dataset.train, *dataset.test)))
+
+
+def configured(settings: Settings, dataset: Dataset) -> tuple[dict, nnx.Module, nnx.Module]:
+    """What `distil` puts into config.json, and the teacher and student that it starts from."""
+    config = configuration(settings, dataset)
+    teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
+    config["parameters"] = {"teacher": _parameters(teacher), "student": _parameters(student)}
+    return config, teacher, student
+
+
+def fit_options(config: dict, dataset: Dataset) -> dict[str, Any]:
+    """What a configuration means to `fit`, whatever the phase."""
+    per_epoch = steps_per_epoch(dataset.train[1], config["batch_size"], config["per_class"])
+    return {
+        "preprocess": preprocess(dataset),
+        "optimizer": PROTOCOLS[config["protocol"]].optimizer(config["epochs"], per_epoch),
+        "epochs": config["epochs"],
+        "batch_size": config["batch_size"],
+        "per_class": config["per_class"],
+        "seed": config["seed"],
+        "max_steps": config["max_steps"],
+    }

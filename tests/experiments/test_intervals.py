@@ -60,3 +60,14 @@ def test_a_difference_that_adjustment_takes_away():
     assert one["a"]["p_holm"] == one["a"]["p"] == found["a"]["p"]
     assert found["a"]["p_holm"] == pytest.approx(3 * found["a"]["p"])
     assert [intervals.verdict(found["a"], p) for p in ("p", "p_holm")] == [1, 0]
+
+
+def test_a_run_that_diverged_is_left_out_with_its_pair():
+    values, reference = [1.0, None, 3.0, 4.0, 6.0], [0.0, 5.0, 1.0, None, 3.0]
+    left = [1.0, 3.0, 6.0], [0.0, 1.0, 3.0]
+    assert intervals.paired(values, reference) == intervals.paired(*left)
+    assert intervals.summary(values) == intervals.summary([1.0, 3.0, 4.0, 6.0])
+    nothing = intervals.paired([None, None], [1.0, 2.0])
+    assert nothing == {"mean": None, "sd": None, "interval": None, "p": None}
+    assert intervals.verdict(nothing) == 0
+    assert intervals.compare({"a": [None], "b": [2.0]}, [1.0])["b"]["mean"] == 1

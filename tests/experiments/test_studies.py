@@ -3,15 +3,21 @@
 import json
 import sys
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
+from flax import nnx
 
-from experiments import bound, digits, features, tradeoff
+from experiments import bound, digits, features, table, tradeoff
 from experiments._common import bound as bounds
 from experiments._common import cli, restore
+from experiments._common import features as embeddings
+from experiments._common import tradeoff as studies
+from experiments._common.data import Dataset
 from experiments._common.folder import read_metrics
-from kd2m_jax import Outputs, losses
+from kd2m_jax import Outputs, losses, models
 
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=64"]
 
@@ -134,3 +140,84 @@ def test_a_folder_that_is_no_finished_run(monkeypatch, capsys, tmp_path):
             in_process(monkeypatch, module, default, f"--run={tmp_path}")
         assert stop.value.code == 2
         assert "is not the folder of a finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metric=kd+cw2"], "--metric must be one metric, for one axis of λ: not kd+cw2"),
+        (["--metric=none"], "--metric must be one metric, for one axis of λ: not none"),
+        (["--coefs"], "--coefs needs a λ"),
+    ],
+)
+def test_a_tradeoff_without_an_axis(flags, message, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, tradeoff, tradeoff.Tradeoff(), f"--out={tmp_path / 'run'}", *flags)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracked_lambda_of_0_or_infinity_has_no_logarithm(tmp_path):
+    assert studies._geometric([0.0, 1.0, 4.0, np.inf]) == pytest.approx(2)
+    assert studies._geometric([0.0]) is None
+    known = {"mean": 1.0, "sd": None, "interval": None}
+    row = dict.fromkeys(("accuracy", "difference", "task_loss", "distillation_loss"), known)
+    row |= {"lambda": None}
+    for coefs in ({"auto": row}, {"auto": row, "1": row | {"lambda": 1.0}}):
+        studies._figure(tmp_path / "f.png", {"coefs": coefs, "teacher": known, "alone": known})
+
+
+@pytest.mark.parametrize(("module", "name"), [(features, "features"), (bound, "bound")])
+def test_a_run_has_to_be_named(module, name, monkeypatch, capsys):
+    default = getattr(module, name.capitalize())(tyro.MISSING)
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, module, default)
+    assert stop.value.code == 2
+    assert "--run STR" in capsys.readouterr().err
+
+
+def test_features_take_so_many_examples_of_ten_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (90, 4, 4, 1), dtype=np.uint8)
+    labels = np.arange(90) % 30  # of 30 classes, a third of each 30 images
+    classes = tuple(map(str, range(30)))
+    data = Dataset("x", classes, (images, labels), (images, labels), (127.0,), (60.0,), 0, False)
+
+    def network(seed, width=4):
+        widths, rngs = (8, width), nnx.Rngs(seed)
+        return models.MLP(widths, 30, in_features=16, rngs=rngs)
+
+    trained = {k: network(i) for i, k in enumerate(("teacher", "student", "distilled"))}
+    run = restore.Finished({}, data, losses.get_metric("l2"), {}, trained)
+    embeddings.write(tmp_path, run, examples=25, seed=0)
+    assert json.loads((tmp_path / "features.json").read_text())["examples"] == 25
+    with pytest.raises(cli.UsageError, match="as resnet20 and resnet8 do"):
+        embeddings.write(
+            tmp_path, run._replace(trained=trained | {"student": network(3, 5)}), 25, 0
+        )
+
+
+def test_a_run_on_a_part_of_the_data_with_class_costs(monkeypatch, capsys, tmp_path):
+    """wkd-l's costs are the trained teacher's: the bound's students end as the run's did."""
+    flags = [*TINY, "--epochs=1", "--seeds=1", "--train-examples=256", f"--out={tmp_path}"]
+    in_process(monkeypatch, table, table.Table(), *flags, "--metrics", "wkd-l=1")
+    cell = tmp_path / "digits/seed0/wkd-l=1"
+    run = restore.finished(cell, None)
+    assert len(run.dataset.train[0]) == 256 and len(run.dataset.test[0]) == 450
+    ((_, end),) = list(bounds._over_training(run, "distilled", 1))[1:]
+    states = [nnx.to_pure_dict(nnx.state(net)) for net in (end, run.trained["distilled"])]
+    chex.assert_trees_all_equal(*states)
+    # A folder of before train_examples was written down is the same run, and gets it.
+    config = json.loads((cell / "config.json").read_text())
+    old = {key: value for key, value in config.items() if key != "train_examples"}
+    (cell / "config.json").write_text(json.dumps(old))
+    with pytest.raises(cli.UsageError, match="was trained on other images than those of digits"):
+        restore.finished(cell, None)
+    in_process(monkeypatch, table, table.Table(), *flags, "--metrics", "wkd-l=1")
+    assert json.loads((cell / "config.json").read_text()) == config
+    capsys.readouterr()
+    flags[-2] = "--train-examples=300"
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, table, table.Table(), *flags, "--metrics", "wkd-l=1")
+    assert "train_examples 256 -> 300" in capsys.readouterr().err
