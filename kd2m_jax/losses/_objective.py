@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._catalogue import Metric, MetricSum, resolve
 from kd2m_jax.losses._checks import class_labels, floating
+from kd2m_jax.losses._metrics import Metric, MetricSum, resolve
 from kd2m_jax.outputs import Outputs
 
 
