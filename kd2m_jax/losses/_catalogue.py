@@ -35,8 +35,11 @@ class MetricInfo(NamedTuple):
       function: the public loss.
       formula: what it computes, in one line.
       source: where it comes from.
-      options: what this name sets beforehand (a preset); `get_metric` may override it.
-      published: the weights that its authors give, where they do.
+      options: what this name sets (a preset), and nobody sets again.
+      published: the weights that its authors give, where they do (see `published`).
+      projector: what a projector brings to the teacher's size first, in `experiments`: "features"
+        where they differ in size, of a loss that compares features; "maps", the last of them,
+        always, where that is part of the method; None for a loss that compares unequal features.
     """
 
     function: Callable[..., Any]
@@ -44,6 +47,7 @@ class MetricInfo(NamedTuple):
     source: str
     options: dict[str, Any] = {}  # noqa: RUF012  (read only)
     published: Published | None = None
+    projector: str | None = "features"
 
     @property
     def description(self) -> str:
@@ -76,6 +80,7 @@ METRICS: dict[str, MetricInfo] = {
         gw2,
         "min_P sum_ijkl P_ij P_kl (|z_i^S - z_k^S| - |z_j^T - z_l^T|)^2",
         "Memoli, Found. Comput. Math. 2011",
+        projector=None,
     ),
     "sw2": MetricInfo(
         sw2, "mean over directions of w2 in one dimension", "Rabin et al., SSVM 2011"
@@ -122,6 +127,7 @@ METRICS: dict[str, MetricInfo] = {
         "(gamma |mu_S - mu_T|^2 + |sigma_S - sigma_T|^2) by image and cell",
         WKD,
         published=Published(0.08, decay_from=150 / 240),
+        projector="maps",
     ),
     "l2": MetricInfo(l2, "1/n sum_i |z_i^S - z_i^T|^2", "FitNets, Romero et al., ICLR 2015"),
 }

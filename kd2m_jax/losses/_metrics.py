@@ -41,10 +41,27 @@ class Metric:
         return self.name if self.on == "features" else f"{self.name}@{self.on}"
 
     @property
+    def written(self) -> str:
+        """Its label with the options set: "w2:solver=ipot"; arrays are left out."""
+        own = METRICS[self.name].options
+        chosen = [(k, v) for k, v in self.options if k not in own and not isinstance(v, _Array)]
+        values = [",".join(map(str, v)) if isinstance(v, tuple) else v for _, v in chosen]
+        options = zip((k for k, _ in chosen), values, strict=True)
+        return ":".join([self.label, *(f"{k}={v}" for k, v in options)])
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """What it takes beyond features: some of "labels", "logits", "maps", "key"."""
         needs = METRICS[self.name].needs
         return needs if self.on == "features" or "logits" in needs else (*needs, "logits")
+
+    @property
+    def projector(self) -> str | None:
+        """What must be of the teacher's size: "features", "maps" or, None, nothing."""
+        info = METRICS[self.name]
+        compares = "z_s" in inspect.signature(info.function).parameters
+        without = info.projector == "features" and not (compares and self.on == "features")
+        return None if without else info.projector
 
     def __call__(
         self,
@@ -98,8 +115,8 @@ class MetricSum:
 
     @property
     def label(self) -> str:
-        """The terms' labels with plus signs between them."""
-        return "+".join(m.label for m in self.metrics)
+        """The terms, with their options, and plus signs between them."""
+        return "+".join(m.written for m in self.metrics)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -114,10 +131,10 @@ class MetricSum:
         *,
         key: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """Each term's own value, unweighted, by its label (numbered where one recurs)."""
+        """Each term's own value, unweighted, as it is written (numbered where one recurs)."""
         values: dict[str, jax.Array] = {}
         for i, metric in enumerate(self.metrics):
-            name = metric.label if metric.label not in values else f"{metric.label}-{i + 1}"
+            name = metric.written if metric.written not in values else f"{metric.written}-{i + 1}"
             own_key = None if key is None else jax.random.fold_in(key, i)
             values[name] = metric(student, teacher, labels, key=own_key)
         return values
@@ -197,7 +214,8 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
       Hashable, so it may be a static argument of a jitted function. Of a sum a `MetricSum`.
 
     Raises:
-      ValueError: an unknown name (with the nearest ones), or an option out of range.
+      ValueError: an unknown name (with the nearest ones), an option out of range, or one that the
+        name has set already ("mmd-rbf" is the kernel).
       TypeError: an option that the loss does not have.
 
     Example:
@@ -207,14 +225,15 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
       >>> print(f"{metric(out, out, None):.4f}")  # 0.5 log 2: the cross-entropy of a coin
       0.3466
     """
+    name = spelled(name)
     if "+" in name:
         weights = options.pop("weights", None)
         if options:
             raise TypeError("options of a sum's terms: in their names, as in 'kd:temperature=2+w2'")
         return metric_sum([get_metric(term, on=on) for term in name.split("+")], weights)
-    name, *written = name.strip().split(":")
+    name, *written = name.split(":")
     options = {**dict(map(_option, written)), **options}
-    name, _, at = name.replace("_", "-").lower().partition("@")
+    name, _, at = name.partition("@")
     on = at or on
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, METRICS)}")
@@ -230,6 +249,11 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
         if option not in allowed:
             hint = did_you_mean(option, allowed) if allowed else "it has none"
             raise TypeError(f"metric {name!r} has no option {option!r}: {hint}")
+        if option in info.options:
+            raise ValueError(
+                f"metric {name!r} has {option}={info.options[option]!r} by its name, so {option} "
+                "cannot be set"
+            )
     options = {
         key: _Array(value) if isinstance(value, jax.Array | np.ndarray) and value.ndim else value
         for key, value in {**info.options, **options}.items()
@@ -239,15 +263,24 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
     return metric
 
 
+def spelled(name: str) -> str:
+    """A metric's name as METRICS has it, term by term, with its options as they are."""
+    terms = (term.strip().partition(":") for term in name.split("+"))
+    return "+".join(n.replace("_", "-").lower() + colon + rest for n, colon, rest in terms)
+
+
+_WORDS = {"true": True, "false": False, "inf": math.inf}
+
+
 def _option(text: str) -> tuple[str, Any]:
-    """The name and value in "beta=0.5", "solver=ipot" or "stages=1,2"."""
+    """The name and value in "beta=0.5", "solver=ipot", "debiased=true" or "stages=1,2"."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"an option of a metric is written name=value, got {text!r}")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):  # a word
-        return name, value
+        return name, _WORDS.get(value.lower(), value)
 
 
 def resolve(metric: Metric | MetricSum | str | None) -> Metric | MetricSum | None:

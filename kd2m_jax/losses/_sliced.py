@@ -48,7 +48,7 @@ def sw2(
       Rabin, Peyre, Delon & Bernot, SSVM 2011; Bonneel, Rabin, Peyre & Pfister, JMIV 2015.
     """
     z_s, z_t = clouds(z_s, z_t)
-    integer("projections", projections)
+    projections = integer("projections", projections)
     if key is None:
         raise ValueError("sw2 draws random directions: give it a key, jax.random.key(0) say")
     z_s, z_t = centred(z_s, z_t)

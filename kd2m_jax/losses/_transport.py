@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import choice, clouds, loss, number, paired_logits
+from kd2m_jax.losses._checks import choice, clouds, flag, loss, number, paired_logits
 from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, everyone, squared_distances
 from kd2m_jax.losses._solvers import SOLVERS, TransportInfo, dual_start, sinkhorn_plan
 
@@ -199,7 +199,7 @@ def jw2(
         )
     number("beta", beta, positive=False)
     choice("label_cost", label_cost, LABEL_COSTS)
-    if debiased and label_cost != "sqeuclidean":
+    if flag("debiased", debiased) and label_cost != "sqeuclidean":
         raise ValueError(
             "debiased=True compares each network with itself, which takes a symmetric label cost: "
             f"use label_cost='sqeuclidean', not {label_cost!r}"
@@ -240,7 +240,7 @@ def _transport(
     """``<stop_gradient(P), C>`` for the plan P of the chosen solver, or the divergence."""
     choice("solver", solver, tuple(SOLVERS))
     number("epsilon", epsilon)
-    if debiased and solver != "sinkhorn":
+    if flag("debiased", debiased) and solver != "sinkhorn":
         raise ValueError(
             f"debiased=True takes away the bias of the entropy, and solver={solver!r} has none: "
             "use solver='sinkhorn'"
