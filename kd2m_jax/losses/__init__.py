@@ -32,3 +32,6 @@ from kd2m_jax.losses._solvers import TransportInfo as TransportInfo
 from kd2m_jax.losses._transport import cw2 as cw2
 from kd2m_jax.losses._transport import jw2 as jw2
 from kd2m_jax.losses._transport import w2 as w2
+
+# For pydoc and `import *`: what is imported here is what is public.
+__all__ = [name for name in dir() if name[0] != "_"]  # pyright: ignore[reportUnsupportedDunderAll]
