@@ -40,6 +40,13 @@ class MetricInfo(NamedTuple):
       projector: what a projector brings to the teacher's size first, in `experiments`: "features"
         where they differ in size, of a loss that compares features; "maps", the last of them,
         always, where that is part of the method; None for a loss that compares unequal features.
+
+    Example:
+      >>> info = METRICS["nst"]
+      >>> info.function.__name__, info.needs, info.published.coef
+      ('nst', ('maps',), 25.0)
+      >>> info.description
+      'Neuron selectivity transfer: the channels of an image as a sample of what neurons look at.'
     """
 
     function: Callable[..., Any]

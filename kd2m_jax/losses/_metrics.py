@@ -29,6 +29,13 @@ class Metric:
       name: its name in METRICS, with dashes.
       on: "features" or "logits", what takes the place of the features.
       options: the loss's options, as sorted pairs.
+
+    Example:
+      >>> metric = get_metric("W2@logits:solver=exact")
+      >>> metric.name, metric.on, metric.options, metric.needs
+      ('w2', 'logits', (('solver', 'exact'),), ('logits',))
+      >>> metric.label, metric.written
+      ('w2@logits', 'w2@logits:solver=exact')
     """
 
     name: str
@@ -108,6 +115,11 @@ class MetricSum:
     Attributes:
       metrics: the terms.
       weights: one a term, >= 0.
+
+    Example:
+      >>> both = get_metric("kd:temperature=2+cw2", weights=[0.9, 1e-3])
+      >>> both.label, both.weights, both.needs
+      ('kd:temperature=2+cw2', (0.9, 0.001), ('logits', 'labels'))
     """
 
     metrics: tuple[Metric, ...]

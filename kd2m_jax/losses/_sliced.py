@@ -21,6 +21,9 @@ def sw2(
     expectation ``d SW2^2 <= W2^2``, with equality for a translation. Weigh it d times as much
     as `w2`.
 
+    It has no conditional twin: sorting has no mask, and classes of unequal size have no sort in
+    common.
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n.

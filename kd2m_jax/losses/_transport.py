@@ -34,6 +34,11 @@ def w2(
     ``W2^2 = min_P sum_ij P_ij ||z_s,i - z_t,j||^2`` over couplings P of the uniform weights
     1/n and 1/m. Which example a feature came from does not matter, only the distribution.
 
+    ``solver="ipot"`` is that of Lohit & Jones, and the preset "lohit" of `get_metric`. Their
+    ground cost, the weight of their loss and their number of iterations are not public: here the
+    cost is the squared Euclidean one and the iterations end by a certificate, so no reproduction
+    of their results is claimed.
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n (a bank of them, say).
@@ -94,9 +99,12 @@ def cw2(
     r"""Class-conditional squared 2-Wasserstein distance: W2^2 within each class, averaged.
 
     ``CW2^2 = 1/K sum_y W2^2(P_S(Z|Y=y), P_T(Z|Y=y))`` over the K classes present in the batch,
-    computed as one masked problem whose cost does not depend on K. A class with one sample
-    contributes that pair's squared distance: with many classes and small batches CW2 is nearly
-    `l2`.
+    computed as one masked problem whose cost does not depend on K.
+
+    A class with one sample contributes that pair's squared distance, so with many classes and
+    small batches CW2 is nearly `l2`, which is there to compare: of 100 equally frequent classes a
+    batch of 128 has 72 on average, and half of those have one sample. Batches of fewer classes
+    with more samples each come from `kd2m_jax.fit` with ``per_class=4``, say.
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
@@ -156,6 +164,9 @@ def jw2(
     - "cross_entropy": ``-sum_c p_T(c) log p_S(c)``, in nats, not 0 at equality;
     - "kl": ``KL(p_T || p_S)``, in nats: the cross-entropy less the teacher's entropy;
     - "sqeuclidean": ``||logits_s,i - logits_t,j||^2``.
+
+    It has no conditional twin, for the label cost does that work: between networks that are sure
+    of the right class, JW2 tends to `cw2` as beta grows (with equally frequent classes).
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
