@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses import Metric, MetricSum, distillation_loss
-from kd2m_jax.losses._catalogue import resolve
+from kd2m_jax.losses._metrics import resolve
 from kd2m_jax.networks import Network
 from kd2m_jax.outputs import Outputs
 

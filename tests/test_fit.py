@@ -243,6 +243,82 @@ def test_a_projector_is_trained_with_the_student_and_left_out_of_what_comes_back
                                 jax.tree.map(np.asarray, projector))  # fmt: skip
 
 
+def test_a_projector_is_clipped_together_with_the_student():
+    wide = models.MLP((16, 12), 3, in_features=D, rngs=nnx.Rngs(0))
+    network, lr = projected(mlp(1), 12), 0.1
+    before, _ = network.init(jax.random.split(jax.random.key(0))[0], jnp.asarray(data()[0]))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(lr))
+    options = {"teacher": wide, "metric": "l2", "coef": 100.0, "batch_size": 16, "max_steps": 1}
+    after = fit(network, data(), optimizer=optimizer, **options).state.params
+    moved = jax.tree.map(lambda a, b: a - b, after, before)
+    assert optax.tree.norm(moved) == pytest.approx(lr, rel=1e-4)  # of both at once
+    assert all(0.01 * lr < optax.tree.norm(part) < 0.999 * lr for part in moved)
+
+
+def test_a_projected_linen_student_comes_back_without_its_projector():
+    class Student(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool):
+            x = nn.BatchNorm(use_running_average=not train)(nn.relu(nn.Dense(6)(x)))
+            return x, nn.Dense(3)(x)
+
+    wide = models.MLP((16, 12), 3, in_features=D, rngs=nnx.Rngs(0))
+    options = {"teacher": wide, "metric": "cw2", "coef": 0.1, "batch_size": 32, "epochs": 1}
+    result = fit(projected(Student(), 12), data(), **options)
+    assert set(result.student) == {"params", "batch_stats"}
+    assert set(result.student["params"]) == {"Dense_0", "BatchNorm_0", "Dense_1"}
+    features, logits = Student().apply(result.student, data()[0], train=False)
+    assert features.shape == (N, 6) and np.isfinite(logits).all()
+
+
+def test_a_metric_that_draws_gets_a_new_key_each_step():
+    batch = [data()]  # the same one each step, and a student that stays as it is
+    options = {"teacher": mlp(0), "metric": "sw2:projections=4", "optimizer": optax.sgd(0.0)}
+    values = [
+        [r["distillation_loss"] for r in fit(mlp(1), batch, epochs=4, **options).history]
+        for _ in range(2)
+    ]
+    assert len(set(values[0])) == 4
+    assert values[0] == values[1]
+
+
+def test_a_projector_of_maps_is_trained_kept_and_left_out(tmp_path):
+    x = np.random.default_rng(0).normal(size=(32, 8, 8, 1)).astype(np.float32)
+    labels = np.arange(32) % 3
+
+    class Net(nnx.Module):
+        def __init__(self, width, rngs):
+            self.conv = nnx.Conv(1, width, (3, 3), strides=2, rngs=rngs)
+            self.head = nnx.Linear(width, 3, rngs=rngs)
+
+        def __call__(self, x):
+            maps = nnx.relu(self.conv(x))
+            features = maps.mean((1, 2))
+            return features, self.head(features), (maps,)
+
+    student, teacher = Net(4, nnx.Rngs(1)), Net(6, nnx.Rngs(0))
+    options = {"teacher": teacher, "metric": "wkd-f", "batch_size": 16, "epochs": 3}
+    options |= {"optimizer": optax.sgd(0.05), "checkpoint_dir": tmp_path}
+    with pytest.raises(ValueError, match="with a projector"):
+        fit(student, (x, labels), **options)
+    network = projected(student, channels=6)
+    result = fit(network, (x, labels), **options)
+    values = [r["distillation_loss"] for r in result.history]
+    assert values[-1] < 0.9 * values[0]
+    before = network.init(jax.random.split(jax.random.key(0))[0], x)
+    for mine, old in zip(result.state.variables, before, strict=True):  # and the BatchNorm's state
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), mine[1], old[1])
+        assert min(jax.tree.leaves(moved)) > 1e-5
+    assert isinstance(result.student, Net)
+    assert result.student(x)[2][0].shape == (32, 4, 4, 4)
+    again = fit(network, (x, labels), **options)
+    chex.assert_trees_all_equal(host_of(again.state.variables), host_of(result.state.variables))
+
+
+def host_of(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
 def test_a_projector_of_maps_matches_the_teachers_channels():
     net = models.resnet8(3, in_channels=1, rngs=nnx.Rngs(0))
     x = jnp.ones((4, 8, 8, 1))

@@ -156,8 +156,10 @@ def _fail(message: object, status: int) -> int:
 
 
 def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
-    """The numbers in --coef, or "auto:RATIO"."""
+    """The numbers in --coef, "auto:RATIO" or "published"."""
     coef = distillation.coef
+    if coef == "published":
+        return (coef,)
     if coef.startswith("auto"):
         from kd2m_jax.step import auto_ratio  # loads JAX
 
@@ -185,8 +187,10 @@ def check(settings: Settings) -> None:
                 raise UsageError(f"{flag} must be a number >= 0, got {value}")
     if d.coef.startswith("auto") and d.task_coef == 0:
         raise UsageError("--coef=auto follows the cross-entropy, and --task-coef is 0")
+    if d.coef == "published" and d.task_coef != 1:
+        raise UsageError("--coef=published brings its own weight of the labels: no --task-coef")
     terms = d.metric.count("+") + 1
-    if len(coefficients(d)) != terms:
+    if len(coefficients(d)) != terms and not isinstance(coefficients(d)[0], str):
         raise UsageError(f"--coef needs {terms} numbers for --metric={d.metric}, got {d.coef}")
     if t.protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol {t.protocol!r}: {did_you_mean(t.protocol, PROTOCOLS)}")

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._locks import locked
 from kd2m_jax._processes import by_first, held_by_first, is_first, start, watched
 from kd2m_jax._torch_weights import local_file
+from kd2m_jax.losses._metrics import spelled
 
 LOG_EVERY = 10
 
@@ -69,6 +71,9 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
     """
     config = configuration(settings, dataset)
     metric = _metric(config)
+    known = losses.METRICS[metric.name].published if isinstance(metric, losses.Metric) else None
+    if known and config["coef"] == ["published"]:
+        config |= {"published": known._asdict(), "task_coef": known.task_coef}
     teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
     config["parameters"] = {"teacher": _parameters(teacher), "student": _parameters(student)}
     _check_batch(config, dataset)
@@ -85,15 +90,13 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
             trained = phase("teacher", teacher, cache).student
         phase("student", student, alone or folder.checkpoints / "student")
         if metric is not None:
-            metric = _with_class_cost(metric, trained, dataset)
             phase(
                 "distilled",
                 distilled,
                 folder.checkpoints / "distilled",
                 teacher=trained,
-                metric=metric,
-                # A sum of metrics has its terms' weights inside.
-                coef=1.0 if isinstance(metric, losses.MetricSum) else config["coef"][0],
+                metric=_with_class_cost(metric, trained, dataset),
+                coef=coefficient(config, dataset),
                 task_coef=config["task_coef"],
             )
         by_first(lambda: report.write(folder.path))
@@ -120,7 +123,7 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
         "dataset": dataset.name,
         "data_sha256": data_sha256(dataset),
         "train_examples": len(dataset.train[0]),
-        "metric": d.metric.replace("_", "-").lower(),
+        "metric": spelled(d.metric),
         "coef": list(coefficients(d)),
         "task_coef": d.task_coef,
         "teacher": n.teacher,
@@ -168,7 +171,7 @@ def run_phase(
     **distillation,
 ) -> FitResult:
     """Train one network, with a progress bar, into the run folder."""
-    per_epoch = steps_per_epoch(dataset.train[1], config["batch_size"], config["per_class"])
+    per_epoch = _steps_per_epoch(config, dataset)
     steps = min(config["epochs"] * per_epoch, config["max_steps"] or math.inf)
     images = int(steps) * config["batch_size"]
     with tqdm(
@@ -199,6 +202,20 @@ def run_phase(
     if speed := progress.images_per_second():
         folder.write_speed(name, speed)
     return result
+
+
+def _steps_per_epoch(config: dict, dataset: Dataset) -> int:
+    return steps_per_epoch(dataset.train[1], config["batch_size"], config["per_class"])
+
+
+def coefficient(config: dict, dataset: Dataset) -> float | str | Callable:
+    """Lambda as `kd2m_jax.fit` takes it."""
+    if config["coef"] == ["published"]:
+        # Like the optimizer's schedule over all epochs, whether max_steps cuts them or not.
+        total = config["epochs"] * _steps_per_epoch(config, dataset)
+        return losses.published(config["metric"], total)[0]
+    # A sum of metrics has its terms' weights inside.
+    return config["coef"][0] if len(config["coef"]) == 1 else 1.0
 
 
 class Progress:
@@ -233,9 +250,9 @@ def _metric(config: dict) -> losses.Metric | losses.MetricSum | None:
     if config["metric"] == "none":
         return None
     metric = losses.get_metric(config["metric"])
-    if isinstance(metric, losses.MetricSum):
+    if isinstance(metric, losses.MetricSum) and len(config["coef"]) > 1:
         return losses.metric_sum(metric.metrics, config["coef"])
-    return metric
+    return metric  # auto weighs a sum as one
 
 
 def check_names(settings: Settings) -> None:
@@ -243,6 +260,8 @@ def check_names(settings: Settings) -> None:
     try:
         if settings.distillation.metric != "none":
             losses.get_metric(settings.distillation.metric)
+            if settings.distillation.coef == "published":
+                losses.published(settings.distillation.metric, 1)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     for role in ("teacher", "student"):
@@ -299,48 +318,53 @@ def _check_batch(config: dict, dataset: Dataset) -> None:
         raise UsageError(f"--batch-size {size} does not split evenly over {devices} devices")
 
 
-def _with_projector(student: nnx.Module, teacher: nnx.Module, dataset: Dataset, metric):
+def _with_projector(student: nnx.Module | Network, teacher: nnx.Module, dataset: Dataset, metric):
     """The student, with a projector where what the metric compares has unequal sizes."""
     x = jnp.zeros((1, *dataset.train[0].shape[1:]))
     mine, theirs = (nnx.eval_shape(lambda m: m(x), m) for m in (student, teacher))
-    terms = metric.metrics if isinstance(metric, losses.MetricSum) else (metric,)
-    dim = channels = None
-    for term in terms:
-        takes = inspect.signature(losses.METRICS[term.name].function).parameters
-        # Gromov-Wasserstein compares distances within each space, so sizes may differ.
-        if "z_s" in takes and term.on == "features" and term.name != "gw2":
-            size = theirs.features.shape[-1]
-            dim = size if mine.features.shape[-1] != size else None
-        if term.name == "wkd-f":  # its projector is part of the method, also at equal sizes
+    dim, channels, what = None, None, []
+    for term in metric.metrics if isinstance(metric, losses.MetricSum) else (metric,):
+        size = theirs.features.shape[-1]
+        if term.projector == "features" and mine.features.shape[-1] != size:
+            dim = size
+        if term.projector == "maps":
             if not (mine.maps and theirs.maps):
-                raise UsageError("wkd-f compares convolutional maps, which an MLP does not have")
+                raise UsageError(
+                    f"{term.name} compares convolutional maps, which an MLP does not have"
+                )
             channels = theirs.maps[-1].shape[-1]
-    if dim is None and channels is None:
-        _try_out(metric, mine, theirs)
-        return student
     if dim:
-        what = f"{mine.features.shape[-1]} features to the teacher's {dim}"
-    else:
-        what = f"last map to the teacher's {channels} channels"
-    print(f"A projector from the student's {what} is trained with it, and left out afterwards.")
-    return projected(student, dim, channels=channels)
+        what.append(f"{mine.features.shape[-1]} features to the teacher's {dim}")
+    if channels:
+        what.append(f"last map to the teacher's {channels} channels")
+    if what:
+        student = network = projected(student, dim, channels=channels)
+        variables = network.init(jax.random.key(0), x)
+        mine, _ = jax.eval_shape(lambda x: network.apply(*variables, x, train=False), x)
+    _try_out(metric, mine, theirs)
+    for each in what:
+        print(f"A projector from the student's {each} is trained with it, and left out afterwards.")
+    return student
 
 
 def _with_class_cost(metric, teacher: nnx.Module, dataset: Dataset):
-    """wkd-l with the costs that the trained teacher's features give, which it is defined with."""
+    """A metric that takes costs between classes, with those of the trained teacher's features."""
     if isinstance(metric, losses.MetricSum):
         terms = [_with_class_cost(term, teacher, dataset) for term in metric.metrics]
         return losses.metric_sum(terms, metric.weights)
-    if metric.name != "wkd-l":
+    if "class_cost" not in inspect.signature(losses.METRICS[metric.name].function).parameters:
         return metric
     images, labels = dataset.train
     prepare = preprocess(dataset)
     features_of = nnx.jit(lambda net, x: net(prepare(x, None)).features)
     features = [features_of(teacher, images[i : i + 500]) for i in range(0, len(images), 500)]
-    cost = losses.class_cost_matrix(
-        jnp.concatenate(features), labels, num_classes=len(dataset.classes)
-    )
-    return losses.get_metric("wkd-l", **{**dict(metric.options), "class_cost": cost})
+    try:
+        cost = losses.class_cost_matrix(
+            jnp.concatenate(features), labels, num_classes=len(dataset.classes)
+        )
+    except ValueError as error:
+        raise UsageError(f"--metric={metric.label}: {error}") from error
+    return losses.get_metric(metric.written, class_cost=cost)
 
 
 def _try_out(metric, student: Outputs, teacher: Outputs) -> None:

@@ -6,11 +6,7 @@ and bare JAX code. A conditional loss (``c...``) is its marginal twin taken with
 """
 
 from kd2m_jax.losses._catalogue import METRICS as METRICS
-from kd2m_jax.losses._catalogue import Metric as Metric
 from kd2m_jax.losses._catalogue import MetricInfo as MetricInfo
-from kd2m_jax.losses._catalogue import MetricSum as MetricSum
-from kd2m_jax.losses._catalogue import get_metric as get_metric
-from kd2m_jax.losses._catalogue import metric_sum as metric_sum
 from kd2m_jax.losses._gaussian import gaussian_ckl as gaussian_ckl
 from kd2m_jax.losses._gaussian import gaussian_cw2 as gaussian_cw2
 from kd2m_jax.losses._gaussian import gaussian_kl as gaussian_kl
@@ -20,14 +16,22 @@ from kd2m_jax.losses._logits import class_cost_matrix as class_cost_matrix
 from kd2m_jax.losses._logits import kd as kd
 from kd2m_jax.losses._logits import wkd_l as wkd_l
 from kd2m_jax.losses._maps import wkd_f as wkd_f
+from kd2m_jax.losses._metrics import Metric as Metric
+from kd2m_jax.losses._metrics import MetricSum as MetricSum
+from kd2m_jax.losses._metrics import get_metric as get_metric
+from kd2m_jax.losses._metrics import metric_sum as metric_sum
 from kd2m_jax.losses._mmd import cmmd as cmmd
 from kd2m_jax.losses._mmd import mmd as mmd
 from kd2m_jax.losses._mmd import nst as nst
 from kd2m_jax.losses._objective import LossTerms as LossTerms
 from kd2m_jax.losses._objective import distillation_loss as distillation_loss
 from kd2m_jax.losses._pointwise import l2 as l2
+from kd2m_jax.losses._published import published as published
 from kd2m_jax.losses._sliced import sw2 as sw2
 from kd2m_jax.losses._solvers import TransportInfo as TransportInfo
 from kd2m_jax.losses._transport import cw2 as cw2
 from kd2m_jax.losses._transport import jw2 as jw2
 from kd2m_jax.losses._transport import w2 as w2
+
+# For pydoc and `import *`: what is imported here is what is public.
+__all__ = [name for name in dir() if name[0] != "_"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,18 +1,9 @@
-"""The one place where a loss is found by name: METRICS, get_metric, metric_sum."""
+"""The catalogue, METRICS: every loss by its name, with what the rest of the library asks of it."""
 
-import ast
-import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.core
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
-
-from kd2m_jax.losses._checks import did_you_mean
 from kd2m_jax.losses._gaussian import gaussian_ckl, gaussian_cw2, gaussian_kl, gaussian_w2
 from kd2m_jax.losses._gromov import gw2
 from kd2m_jax.losses._logits import kd, wkd_l
@@ -21,7 +12,6 @@ from kd2m_jax.losses._mmd import KERNELS, cmmd, mmd, nst
 from kd2m_jax.losses._pointwise import l2
 from kd2m_jax.losses._sliced import sw2
 from kd2m_jax.losses._transport import cw2, jw2, w2
-from kd2m_jax.outputs import Outputs
 
 
 class Published(NamedTuple):
@@ -45,8 +35,18 @@ class MetricInfo(NamedTuple):
       function: the public loss.
       formula: what it computes, in one line.
       source: where it comes from.
-      options: what this name sets beforehand (a preset); `get_metric` may override it.
-      published: the weights that its authors give, where they do.
+      options: what this name sets (a preset), and nobody sets again.
+      published: the weights that its authors give, where they do (see `published`).
+      projector: what a projector brings to the teacher's size first, in `experiments`: "features"
+        where they differ in size, of a loss that compares features; "maps", the last of them,
+        always, where that is part of the method; None for a loss that compares unequal features.
+
+    Example:
+      >>> info = METRICS["nst"]
+      >>> info.function.__name__, info.needs, info.published.coef
+      ('nst', ('maps',), 25.0)
+      >>> info.description
+      'Neuron selectivity transfer: the channels of an image as a sample of what neurons look at.'
     """
 
     function: Callable[..., Any]
@@ -54,6 +54,7 @@ class MetricInfo(NamedTuple):
     source: str
     options: dict[str, Any] = {}  # noqa: RUF012  (read only)
     published: Published | None = None
+    projector: str | None = "features"
 
     @property
     def description(self) -> str:
@@ -86,6 +87,7 @@ METRICS: dict[str, MetricInfo] = {
         gw2,
         "min_P sum_ijkl P_ij P_kl (|z_i^S - z_k^S| - |z_j^T - z_l^T|)^2",
         "Memoli, Found. Comput. Math. 2011",
+        projector=None,
     ),
     "sw2": MetricInfo(
         sw2, "mean over directions of w2 in one dimension", "Rabin et al., SSVM 2011"
@@ -132,260 +134,7 @@ METRICS: dict[str, MetricInfo] = {
         "(gamma |mu_S - mu_T|^2 + |sigma_S - sigma_T|^2) by image and cell",
         WKD,
         published=Published(0.08, decay_from=150 / 240),
+        projector="maps",
     ),
     "l2": MetricInfo(l2, "1/n sum_i |z_i^S - z_i^T|^2", "FitNets, Romero et al., ICLR 2015"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """A loss chosen by name, with its options: a function of two networks' `Outputs`.
-
-    Made by `get_metric`. Calling it gives a scalar; ``labels`` are ``[n]`` integers and ``key``
-    a PRNG key, both needed by some metrics only.
-
-    Attributes:
-      name: its name in METRICS, with dashes.
-      on: "features" or "logits", what takes the place of the features.
-      options: the loss's options, as sorted pairs.
-    """
-
-    name: str
-    on: str = "features"
-    options: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def label(self) -> str:
-        """Its name as the command line has it: "w2", "w2@logits"."""
-        return self.name if self.on == "features" else f"{self.name}@{self.on}"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What it takes beyond features: some of "labels", "logits", "maps", "key"."""
-        needs = METRICS[self.name].needs
-        return needs if self.on == "features" or "logits" in needs else (*needs, "logits")
-
-    def __call__(
-        self,
-        student: Outputs,
-        teacher: Outputs,
-        labels: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The distance between the two networks' outputs: a scalar."""
-        function = METRICS[self.name].function
-        student, teacher = Outputs(*student), Outputs(*teacher)
-        available = {
-            "z_s": getattr(student, self.on),
-            "z_t": getattr(teacher, self.on),
-            "logits_s": student.logits,
-            "logits_t": teacher.logits,
-            "maps_s": student.maps or None,
-            "maps_t": teacher.maps or None,
-            "labels": labels,
-            "key": key,
-        }
-        given = {p: available[p] for p in inspect.signature(function).parameters if p in available}
-        missing = [p for p, value in given.items() if value is None]
-        if missing:
-            lacking = " and ".join(map(self._called, missing))
-            raise ValueError(f"metric {self.label!r} needs {lacking}, and got none")
-        options = {k: v.array if isinstance(v, _Array) else v for k, v in self.options}
-        return function(**given, **options)
-
-    def _called(self, parameter: str) -> str:
-        """What users call a loss's parameter: "the student's features" for z_s."""
-        stem, _, side = parameter.rpartition("_")
-        owner = {"s": "the student's", "t": "the teacher's"}.get(side)
-        return f"{owner} {self.on if stem == 'z' else stem}" if owner else parameter
-
-
-@dataclasses.dataclass(frozen=True)
-class MetricSum:
-    """A weighted sum of metrics, itself a metric: ``sum_i weight_i D_i``.
-
-    Made by `metric_sum`, or by `get_metric` from "kd+cw2".
-
-    Attributes:
-      metrics: the terms.
-      weights: one a term, >= 0.
-    """
-
-    metrics: tuple[Metric, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def label(self) -> str:
-        """The terms' labels with plus signs between them."""
-        return "+".join(m.label for m in self.metrics)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What the terms together take beyond features."""
-        return tuple(dict.fromkeys(need for m in self.metrics for need in m.needs))
-
-    def parts(
-        self,
-        student: Outputs,
-        teacher: Outputs,
-        labels: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
-        """Each term's own value, unweighted, by its label (numbered where one recurs)."""
-        values: dict[str, jax.Array] = {}
-        for i, metric in enumerate(self.metrics):
-            name = metric.label if metric.label not in values else f"{metric.label}-{i + 1}"
-            own_key = None if key is None else jax.random.fold_in(key, i)
-            values[name] = metric(student, teacher, labels, key=own_key)
-        return values
-
-    def __call__(
-        self,
-        student: Outputs,
-        teacher: Outputs,
-        labels: ArrayLike | None = None,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The weighted sum: a scalar."""
-        return self.weigh(self.parts(student, teacher, labels, key=key))
-
-    def weigh(self, parts: dict[str, jax.Array]) -> jax.Array:
-        """The sum of what `parts` returned."""
-        terms = [w * part for w, part in zip(self.weights, parts.values(), strict=True)]
-        return jnp.sum(jnp.stack(terms))
-
-
-def metric_sum(metrics: Sequence[Metric], weights: Sequence[float] | None = None) -> MetricSum:
-    """Several metrics at once, on several layers if you like, each with its weight.
-
-    Args:
-      metrics: what `get_metric` returned, with whatever options.
-      weights: one a metric, >= 0; all 1 by default. They multiply ``coef``.
-
-    Returns:
-      A `MetricSum`, which goes wherever a `Metric` does; training reports each term apart.
-
-    Raises:
-      ValueError: no metrics, a number of weights that is not theirs, or a negative weight.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> both = metric_sum([get_metric("l2"), get_metric("l2", on="logits")], [1.0, 10.0])
-      >>> one, other = Outputs(jnp.zeros((4, 2)), jnp.zeros((4, 3))), Outputs(jnp.ones((4, 2)))
-      >>> print(both(one, other._replace(logits=jnp.ones((4, 3)))))  # 2 + 10 * 3
-      32.0
-    """
-    weights = tuple(map(float, weights if weights is not None else [1.0] * len(metrics)))
-    if not metrics or len(weights) != len(metrics):
-        raise ValueError(
-            f"a weight for each metric is needed, got {len(metrics)} metrics and {len(weights)} "
-            "weights"
-        )
-    for weight in weights:
-        if not weight >= 0:
-            raise ValueError(f"weights must be >= 0, got {weight}")
-    return MetricSum(tuple(metrics), weights)
-
-
-class _Array:
-    """An array among a metric's options: hashable, for it is equal to itself alone."""
-
-    def __init__(self, array: ArrayLike):
-        self.array = array
-
-    def __repr__(self) -> str:
-        return f"array of shape {list(np.shape(self.array))}"
-
-
-def get_metric(name: str, *, on: str = "features", **options) -> Any:
-    """Look a metric up in METRICS and set its options.
-
-    Args:
-      name: a key of METRICS; dashes and underscores are the same. ``"w2@logits"`` is
-        ``get_metric("w2", on="logits")``, ``"jw2:beta=0.5"`` is ``get_metric("jw2", beta=0.5)``
-        (several options with a colon before each), and ``"kd+cw2"`` the `metric_sum` of both.
-      on: "features", or "logits" to put the logits in the place of the features.
-      **options: the loss's keyword options, ``beta=0.5`` for "jw2", say; of a sum only
-        ``weights``, one a term.
-
-    Returns:
-      A `Metric`: ``(student: Outputs, teacher: Outputs, labels, *, key=None) -> scalar``.
-      Hashable, so it may be a static argument of a jitted function. Of a sum a `MetricSum`.
-
-    Raises:
-      ValueError: an unknown name (with the nearest ones), or an option out of range.
-      TypeError: an option that the loss does not have.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> metric = get_metric("jw2", beta=0.5)
-      >>> out = Outputs(jnp.eye(4), jnp.zeros((4, 2)))
-      >>> print(f"{metric(out, out, None):.4f}")  # 0.5 log 2: the cross-entropy of a coin
-      0.3466
-    """
-    if "+" in name:
-        weights = options.pop("weights", None)
-        if options:
-            raise TypeError("options of a sum's terms: in their names, as in 'kd:temperature=2+w2'")
-        return metric_sum([get_metric(term, on=on) for term in name.split("+")], weights)
-    name, *written = name.strip().split(":")
-    options = {**dict(map(_option, written)), **options}
-    name, _, at = name.replace("_", "-").lower().partition("@")
-    on = at or on
-    if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, METRICS)}")
-    if on not in ("features", "logits"):
-        raise ValueError(f"a metric is on 'features' or on 'logits', not on {on!r}")
-    info = METRICS[name]
-    allowed = [
-        p.name
-        for p in inspect.signature(info.function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "has_aux")
-    ]
-    for option in options:
-        if option not in allowed:
-            hint = did_you_mean(option, allowed) if allowed else "it has none"
-            raise TypeError(f"metric {name!r} has no option {option!r}: {hint}")
-    options = {
-        key: _Array(value) if isinstance(value, jax.Array | np.ndarray) and value.ndim else value
-        for key, value in {**info.options, **options}.items()
-    }
-    metric = Metric(name, on, tuple(sorted(options.items())))
-    _try_out(metric)
-    return metric
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """The name and value in "beta=0.5", "solver=ipot" or "stages=1,2"."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"an option of a metric is written name=value, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a word
-        return name, value
-
-
-def resolve(metric: Metric | MetricSum | str | None) -> Metric | MetricSum | None:
-    """A metric by whatever it was given: itself, its name, or none."""
-    if isinstance(metric, str):
-        return None if metric == "none" else get_metric(metric)
-    return metric
-
-
-def _try_out(metric: Metric) -> None:
-    """Trace the metric once on a tiny batch, so that a bad option shows here and not later."""
-
-    def array(*shape, dtype=jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    # As many classes as a matrix of costs has, sixteen stages for `stages` to choose from, and
-    # maps that every grid up to 10 divides: nothing is computed, so size costs nothing.
-    cost = dict(metric.options).get("class_cost")
-    classes = np.shape(cost.array)[0] if isinstance(cost, _Array) else 2
-    out = Outputs(array(4, 2), array(4, classes), (array(4, 2520, 2520, 2),) * 16)
-    call = lambda out, labels, key: metric(out, out, labels, key=key)  # noqa: E731
-    jax.eval_shape(call, out, array(4, dtype=jnp.int32), jax.random.key(0))

@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 F = TypeVar("F", bound=Callable)
@@ -44,15 +45,25 @@ def loss(fn: F) -> F:
 
 
 def number(name: str, value: float, *, positive: bool = True) -> float:
-    """Raise ValueError unless value is a positive (or, on request, non-negative) number."""
+    """Raise ValueError unless value is a positive (or, on request, non-negative) finite number."""
+    if isinstance(value, bool | tuple) or value is None or value == float("inf"):
+        raise ValueError(f"{name} must be a finite number, got {value}")
     if isinstance(value, str) or not (value > 0 or (not positive and value == 0)):
         raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value}")
     return value
 
 
+def flag(name: str, value: bool) -> bool:
+    """Raise ValueError unless value is True or False: any other word would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be true or false, got {value}")
+    return bool(value)
+
+
 def integer(name: str, value: int) -> int:
     """Raise ValueError unless value is an integer >= 1."""
-    if isinstance(value, str) or value != int(value) or value < 1:
+    numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not numeric or value % 1 != 0 or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value}")
     return int(value)
 

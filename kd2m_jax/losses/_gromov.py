@@ -30,6 +30,9 @@ def gw2(z_s: ArrayLike, z_t: ArrayLike, *, has_aux: bool = False):
     ``1/n^2 sum_ik (D^S_ik - D^T_ik)^2``, and 0 (up to rounding) for features that are equal or,
     row by row, congruent. In another order, or for n != m, it may be a local minimum above 0.
 
+    It has no conditional twin: the cost is one of pairs of pairs, and the mask of the others, over
+    pairs, does not separate the classes.
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, e]`` float, the teacher's features; m and e may differ from n and d.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import (
@@ -185,11 +186,13 @@ def nst(
       arXiv 1707.01219.
     """
     choice("kernel", kernel, KERNELS[:3])
-    stages = (-1,) if stages is None else (stages,) if isinstance(stages, int) else stages
-    if not stages:
+    chosen = (-1,) if stages is None else stages if isinstance(stages, tuple) else (stages,)
+    if not chosen:
         raise ValueError("stages must name at least one stage, got none")
+    if not all(isinstance(stage, int | np.integer) for stage in chosen):
+        raise ValueError(f"stages must be a whole number or several, got {stages}")
     per_image = []
-    for stage in stages:
+    for stage in chosen:
         x, y = stage_maps(maps_s, maps_t, stage)
         h, w = (min(x.shape[axis], y.shape[axis]) for axis in (1, 2))
         x, y = _channels("maps_s", x, h, w), _channels("maps_t", y, h, w)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._catalogue import Metric, MetricSum, resolve
 from kd2m_jax.losses._checks import class_labels, floating
+from kd2m_jax.losses._metrics import Metric, MetricSum, resolve
 from kd2m_jax.outputs import Outputs
 
 
@@ -20,7 +20,16 @@ class LossTerms(NamedTuple):
       task: the cross-entropy on the labels, in nats.
       distillation: the metric's value, in its own unit; of a sum of metrics, their sum with its
         weights.
-      parts: of a sum of metrics, each one's own value by its label; else empty.
+      parts: of a sum of metrics, each one's own value as it is written; else empty.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> one, other = Outputs(jnp.zeros((3, 2))), Outputs(jnp.ones((3, 2)))
+      >>> one = one._replace(logits=jnp.zeros((3, 4)))
+      >>> labels = jnp.array([0, 1, 1])
+      >>> _, terms = distillation_loss(one, other, labels, metric="l2+mmd-linear", coef=0.1)
+      >>> print(terms.distillation, {name: float(value) for name, value in terms.parts.items()})
+      4.0 {'l2': 2.0, 'mmd-linear': 2.0}
     """
 
     task: jax.Array

@@ -21,6 +21,9 @@ def sw2(
     expectation ``d SW2^2 <= W2^2``, with equality for a translation. Weigh it d times as much
     as `w2`.
 
+    It has no conditional twin: sorting has no mask, and classes of unequal size have no sort in
+    common.
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n.
@@ -48,7 +51,7 @@ def sw2(
       Rabin, Peyre, Delon & Bernot, SSVM 2011; Bonneel, Rabin, Peyre & Pfister, JMIV 2015.
     """
     z_s, z_t = clouds(z_s, z_t)
-    integer("projections", projections)
+    projections = integer("projections", projections)
     if key is None:
         raise ValueError("sw2 draws random directions: give it a key, jax.random.key(0) say")
     z_s, z_t = centred(z_s, z_t)

@@ -21,6 +21,15 @@ class TransportInfo(NamedTuple):
       coupling: ``[n, m]``, the plan P; non-negative, sums to one.
       converged: bool scalar; True for the exact solver.
       n_iters: int scalar, Sinkhorn and proximal iterations; 0 for the exact solver.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from kd2m_jax import losses
+      >>> z = jnp.array([[0.0], [4.0]])
+      >>> value, info = losses.w2(z, z[::-1], solver="exact", has_aux=True)
+      >>> print(info.coupling)  # row 0 of the student goes to row 1 of the teacher
+      [[0.  0.5]
+       [0.5 0. ]]
     """
 
     coupling: jax.Array

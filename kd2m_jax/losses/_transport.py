@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import choice, clouds, loss, number, paired_logits
+from kd2m_jax.losses._checks import choice, clouds, flag, loss, number, paired_logits
 from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, everyone, squared_distances
 from kd2m_jax.losses._solvers import SOLVERS, TransportInfo, dual_start, sinkhorn_plan
 
@@ -33,6 +33,11 @@ def w2(
 
     ``W2^2 = min_P sum_ij P_ij ||z_s,i - z_t,j||^2`` over couplings P of the uniform weights
     1/n and 1/m. Which example a feature came from does not matter, only the distribution.
+
+    ``solver="ipot"`` is that of Lohit & Jones, and the preset "lohit" of `get_metric`. Their
+    ground cost, the weight of their loss and their number of iterations are not public: here the
+    cost is the squared Euclidean one and the iterations end by a certificate, so no reproduction
+    of their results is claimed.
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
@@ -95,9 +100,12 @@ def cw2(
     r"""Class-conditional squared 2-Wasserstein distance: W2^2 within each class, averaged.
 
     ``CW2^2 = 1/K sum_y W2^2(P_S(Z|Y=y), P_T(Z|Y=y))`` over the K classes present in the batch,
-    computed as one masked problem whose cost does not depend on K. A class with one sample
-    contributes that pair's squared distance: with many classes and small batches CW2 is nearly
-    `l2`.
+    computed as one masked problem whose cost does not depend on K.
+
+    A class with one sample contributes that pair's squared distance, so with many classes and
+    small batches CW2 is nearly `l2`, which is there to compare: of 100 equally frequent classes a
+    batch of 128 has 72 on average, and half of those have one sample. Batches of fewer classes
+    with more samples each come from `kd2m_jax.fit` with ``per_class=4``, say.
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
@@ -158,6 +166,9 @@ def jw2(
     - "kl": ``KL(p_T || p_S)``, in nats: the cross-entropy less the teacher's entropy;
     - "sqeuclidean": ``||logits_s,i - logits_t,j||^2``.
 
+    It has no conditional twin, for the label cost does that work: between networks that are sure
+    of the right class, JW2 tends to `cw2` as beta grows (with equally frequent classes).
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features.
@@ -200,7 +211,7 @@ def jw2(
         )
     number("beta", beta, positive=False)
     choice("label_cost", label_cost, LABEL_COSTS)
-    if debiased and label_cost != "sqeuclidean":
+    if flag("debiased", debiased) and label_cost != "sqeuclidean":
         raise ValueError(
             "debiased=True compares each network with itself, which takes a symmetric label cost: "
             f"use label_cost='sqeuclidean', not {label_cost!r}"
@@ -241,7 +252,7 @@ def _transport(
     """``<stop_gradient(P), C>`` for the plan P of the chosen solver, or the divergence."""
     choice("solver", solver, tuple(SOLVERS))
     number("epsilon", epsilon)
-    if debiased and solver != "sinkhorn":
+    if flag("debiased", debiased) and solver != "sinkhorn":
         raise ValueError(
             f"debiased=True takes away the bias of the entropy, and solver={solver!r} has none: "
             "use solver='sinkhorn'"

@@ -230,6 +230,10 @@ def test_the_cross_entropy_needs_logits_and_labels():
         ("jw2:beta=0.5", {"beta": 0.5}),
         ("w2:solver=ipot:epsilon=2e-2", {"solver": "ipot", "epsilon": 0.02}),
         ("nst:stages=0,-1:kernel=linear", {"stages": (0, -1), "kernel": "linear"}),
+        ("cw2:debiased=true", {"debiased": True}),
+        ("w2:debiased=False", {"debiased": False}),
+        ("CW2:debiased=false", {"debiased": False}),
+        ("gaussian_kl:direction=teacher_student", {"direction": "teacher_student"}),
     ],
 )
 def test_options_written_in_a_name(written, options):
@@ -237,6 +241,8 @@ def test_options_written_in_a_name(written, options):
     assert losses.get_metric(written) == losses.get_metric(name, **options)
     both = losses.get_metric(f"kd:temperature=2+{written}")
     assert both.metrics == (losses.get_metric("kd", temperature=2), losses.get_metric(written))
+    assert losses.get_metric(both.label) == both
+    assert losses.get_metric(losses.get_metric(written).written) == losses.get_metric(written)
 
 
 @pytest.mark.parametrize(
@@ -246,8 +252,28 @@ def test_options_written_in_a_name(written, options):
         ("jw2:bta=1", TypeError, "no option 'bta': did you mean beta"),
         ("w2:epsilon=small", ValueError, "epsilon must be > 0, got small"),
         ("sw2:projections=few", ValueError, "projections must be an integer >= 1, got few"),
+        ("sw2:projections=inf", ValueError, "projections must be an integer >= 1, got inf"),
+        ("sw2:projections=true", ValueError, "projections must be an integer >= 1, got True"),
+        ("kd:temperature=inf", ValueError, "temperature must be a finite number, got inf"),
+        ("kd:temperature=true", ValueError, "temperature must be a finite number, got True"),
+        ("kd:temperature=1,2", ValueError, r"temperature must be a finite number, got \(1, 2\)"),
+        ("kd:temperature=None", ValueError, "temperature must be a finite number, got None"),
+        ("w2:debiased=no", ValueError, "debiased must be true or false, got no"),
+        ("cw2:debiased=1", ValueError, "debiased must be true or false, got 1"),
+        ("jw2:debiased=0", ValueError, "debiased must be true or false, got 0"),
+        ("nst:stages=1.5", ValueError, "stages must be a whole number or several, got 1.5"),
+        ("nst:stages=last", ValueError, "stages must be a whole number or several, got last"),
+        ("mmd-rbf:kernel=linear", ValueError, "has kernel='rbf' by its name, so kernel cannot"),
+        ("lohit:solver=exact", ValueError, "has solver='ipot' by its name"),
     ],
 )
 def test_mistakes_in_written_options(written, error, message):
     with pytest.raises(error, match=message):
         losses.get_metric(written)
+
+
+def test_terms_of_one_name_are_told_apart_by_their_options():
+    both = losses.get_metric("nst:stages=0+nst:stages=0,1+nst:stages=0+mmd-rbf")
+    student, teacher, labels = batch()
+    names = ["nst:stages=0", "nst:stages=0,1", "nst:stages=0-3", "mmd-rbf"]
+    assert list(both.parts(student, teacher, labels)) == names

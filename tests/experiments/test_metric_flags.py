@@ -1,0 +1,161 @@
+"""--metric and --coef: options, sums, published weights and projectors, on the digits."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import digits
+from experiments._common import cli, train
+from experiments._common.data import load
+from experiments._common.folder import read_metrics
+from kd2m_jax import losses, models
+
+MLPS = ["--teacher=mlp-16-8", "--student=mlp-6-8"]
+UNEQUAL = ["--teacher=mlp-16-8", "--student=mlp-6-12"]
+RESNETS = ["--teacher=resnet8", "--student=resnet8"]
+
+
+@pytest.fixture
+def shell(monkeypatch, tmp_path):
+    """Runs the main in a folder of its own; returns config and the distilled student's lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, steps=3):
+        monkeypatch.setattr(sys, "argv", ["digits", f"--max-steps={steps}", *flags])
+        cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description="")
+        path = max((tmp_path / "runs").glob("digits-*"), key=lambda p: p.stat().st_mtime)
+        lines = [line for line in read_metrics(path) if line["phase"] == "distilled"]
+        return json.loads((path / "config.json").read_text()), lines
+
+    return run
+
+
+def network(name):
+    return models.build(name, num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("jw2:label_cost=kl", "jw2:label_cost=kl"),
+        pytest.param("W2:debiased=False", "w2:debiased=False", marks=pytest.mark.slow),
+    ],
+)
+def test_options_keep_their_underscores_and_capitals(written, kept, shell):
+    config, lines = shell(f"--metric={written}", *MLPS, steps=1)
+    assert config["metric"] == kept
+    assert losses.get_metric(kept) == losses.get_metric(written)
+    assert np.isfinite(lines[-1]["distillation_loss"])
+
+
+def test_published_weights(shell):
+    config, lines = shell("--metric=kd", "--coef=published", *MLPS)
+    assert config["coef"] == ["published"] and config["task_coef"] == 0.1
+    assert config["published"] == {"coef": 0.9, "task_coef": 0.1, "decay_from": 1.0}
+    total = 0.1 * lines[-1]["task_loss"] + 0.9 * lines[-1]["distillation_loss"]
+    assert lines[-1]["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_published_decay_is_over_all_epochs():
+    settings = cli.Distillation("wkd-l", "published")
+    settings = dataclasses.replace(digits.DEFAULTS, distillation=settings)
+    data = load("digits")
+    config = train.configuration(settings, data) | {"max_steps": 3}
+    coef = train.coefficient(config, data)
+    per_epoch = len(data.train[0]) // 128
+    assert config["epochs"] == 20
+    steps = np.array([0, 12.5, 16.25, 20]) * per_epoch  # 150, 195 and 240 of 240, in proportion
+    np.testing.assert_allclose([coef(s) for s in steps], [600, 600, 300, 0], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_auto_weighs_a_sum_as_one(shell):
+    config, lines = shell("--metric=kd+cw2", "--coef=auto:0.2", *MLPS)
+    assert config["coef"] == ["auto:0.2"]
+    last = lines[-1]
+    parts = last["distillation_loss/kd"] + last["distillation_loss/cw2"]
+    assert last["distillation_loss"] == pytest.approx(parts, rel=1e-5)
+    assert last["coef"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metric=w2", "--coef=published"], "w2 has no published weights: kd, nst, wkd-l, wkd-f"),
+        (["--metric=kd+nst", "--coef=published"], "kd+nst has no published weights"),
+        (["--metric=kd", "--coef=published", "--task-coef=0.5"], "brings its own weight of the"),
+        (["--metric=cw2+nst", *UNEQUAL, "--coef=1,1"], "--metric=cw2+nst: metric 'nst' needs"),
+        (["--metric=wkd-f:grid=3", *RESNETS], "grid=3 must divide maps_s' height and width"),
+        (["--metric=nst:stages=7", *RESNETS], "has 3 stages, so there is no stage 7"),
+        (["--metric=w2:debiased=no"], "debiased must be true or false, got no"),
+    ],
+)
+def test_a_mistake_is_seen_before_anything_is_trained(flags, message, shell, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        shell(*flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_both_projectors_are_announced(capsys):
+    metric = losses.get_metric("l2+wkd-f")
+    train._with_projector(network("resnet8"), network("resnet8x4"), load("digits"), metric)
+    told = capsys.readouterr().out.splitlines()
+    assert "64 features to the teacher's 256" in told[0]
+    assert "last map to the teacher's 256 channels" in told[1]
+
+
+def test_a_class_without_two_images_is_a_mistake_of_the_user():
+    data = load("digits")
+    images, labels = data.train
+    kept = np.flatnonzero((labels != 3) | (np.cumsum(labels == 3) == 1))[:600]
+    poor = dataclasses.replace(data, train=(images[kept], labels[kept]))
+    with pytest.raises(cli.UsageError, match="--metric=wkd-l: CKA needs two rows of each class"):
+        train._with_class_cost(losses.get_metric("wkd-l"), network("mlp-8-4"), poor)
+
+
+def test_wkd_l_is_trained_with_the_teachers_costs():
+    data, teacher = load("digits"), network("mlp-16-8")
+    metric = train._with_class_cost(losses.get_metric("wkd-l:temperature=4"), teacher, data)
+    options = dict(metric.options)
+    assert options["temperature"] == 4
+    cost = np.asarray(options["class_cost"].array)
+    features = teacher(train.preprocess(data)(data.train[0], None)).features
+    expected = losses.class_cost_matrix(features, data.train[1], num_classes=10)
+    np.testing.assert_allclose(cost, expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(cost - (1 - np.eye(10))).max() > 0.1
+
+
+@pytest.mark.slow
+def test_wkd_l_from_the_shell(shell, monkeypatch):
+    _, lines = shell("--metric=wkd-l", *MLPS)
+    monkeypatch.setattr(train, "_with_class_cost", lambda metric, teacher, data: metric)
+    _, uniform = shell("--metric=wkd-l", *MLPS)
+    assert lines[-1]["step"] == uniform[-1]["step"] == 3
+    found, other = (each[0]["distillation_loss"] for each in (lines, uniform))
+    assert found != pytest.approx(other, rel=0.03)
+
+
+@pytest.mark.slow
+def test_metrics_on_logits_and_in_unequal_spaces_take_no_projector(shell, capsys):
+    for metric in ("w2@logits", "gw2"):
+        config, lines = shell(f"--metric={metric}", *UNEQUAL)
+        assert config["metric"] == metric
+        assert lines[-1]["step"] == 3 and np.isfinite(lines[-1]["distillation_loss"])
+    assert "projector" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_metrics_of_maps_from_the_shell(shell, capsys):
+    _, lines = shell("--metric=wkd-f", *RESNETS)
+    assert "the student's last map to the teacher's 64 channels" in capsys.readouterr().out
+    assert lines[-1]["step"] == 3 and lines[-1]["distillation_loss"] > 0
+    _, lines = shell("--metric=kd+nst:stages=1,2", "--coef=0.9,25", *RESNETS)
+    kd, nst = (lines[-1][f"distillation_loss/{name}"] for name in ("kd", "nst:stages=1,2"))
+    assert lines[-1]["distillation_loss"] == pytest.approx(0.9 * kd + 25 * nst, rel=1e-5)
