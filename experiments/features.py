@@ -1,10 +1,10 @@
-"""Teacher and student features on test images in the plane, before and after distillation.
+"""A run's features in the plane, before and after distillation.
 
     python -m experiments.features --run=runs/digits-cw2-0
 
-Takes the networks from a finished run's checkpoints; writes features.png (PCA of the teacher's
-features; t-SNE of all three networks' together) and features.json (silhouette of the classes,
-exact squared distances to the teacher) into its folder.
+Shows teacher and students on test images. Takes the networks from a finished run's checkpoints;
+writes features.png (PCA of the teacher's features; t-SNE of all three networks' together) and
+features.json (silhouette of the classes, exact squared distances to the teacher) into its folder.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Features:
     run: str
     """The folder of a finished run."""
     examples: int = 500
-    """Test images, the first ones; of data sets with more than 10 classes those of 10."""
+    """Test images, of at most 10 classes."""
     seed: int = 0
     """Of t-SNE."""
     data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
