@@ -46,6 +46,9 @@ def build(
       stem: "cifar" or "imagenet", see :class:`ResNet`; it means nothing to an MLP.
       dtype: what the layers compute in.
 
+    Returns:
+      A network from ``[n, height, width, channels]`` images to `Outputs` with ``[n, k]`` logits.
+
     Raises:
       ValueError: if the name or the stem is unknown, or ``image_shape`` has not three entries.
 
@@ -128,7 +131,27 @@ class MLP(nnx.Module):
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut, ``relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))``.
 
-    He et al., "Deep residual learning for image recognition", CVPR 2016, figure 5 left.
+    Args:
+      in_width: channels of the input.
+      width: channels of the output.
+      stride: of the first convolution; 2 halves height and width.
+      dtype: what the convolutions compute in.
+      rngs: keys for the initial parameters.
+
+    Raises:
+      TypeError: at the call, for an input with other than ``in_width`` channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> def outputs():
+      ...     block = BasicBlock(16, 32, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+      ...     return block(jnp.ones((2, 8, 8, 16)))
+      >>> nnx.eval_shape(outputs).shape
+      (2, 4, 4, 32)
+
+    References:
+      He et al., "Deep residual learning for image recognition", CVPR 2016, figure 5 left.
     """
 
     expansion = 1
@@ -153,8 +176,28 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut, four times as wide at its ends.
 
-    He et al., CVPR 2016, figure 5 right, with the stride on the 3x3 convolution ("v1.5"), as in
-    torchvision.
+    Args:
+      in_width: channels of the input.
+      width: channels of the two inner layers; the output has four times as many.
+      stride: of the 3x3 convolution; 2 halves height and width.
+      dtype: what the convolutions compute in.
+      rngs: keys for the initial parameters.
+
+    Raises:
+      TypeError: at the call, for an input with other than ``in_width`` channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> def outputs():
+      ...     block = Bottleneck(16, 32, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+      ...     return block(jnp.ones((2, 8, 8, 16)))
+      >>> nnx.eval_shape(outputs).shape
+      (2, 4, 4, 128)
+
+    References:
+      He et al., CVPR 2016, figure 5 right, with the stride on the 3x3 convolution ("v1.5"), as in
+      torchvision.
     """
 
     expansion = 4
@@ -186,10 +229,6 @@ class ResNet(nnx.Module):
     its shortcut is a 1x1 convolution with batch normalisation, as in torchvision and in
     RepDistiller. Layers are named so that :func:`load_torch_weights` finds them.
 
-    He et al., "Deep residual learning for image recognition", CVPR 2016; the small networks are
-    those of its section 4.2 in the widths of Tian et al., "Contrastive representation
-    distillation", ICLR 2020.
-
     Args:
       block: ``BasicBlock`` or ``Bottleneck``.
       depths: number of blocks of each stage.
@@ -215,6 +254,11 @@ class ResNet(nnx.Module):
       ((2, 64), (2, 10))
       >>> [m.shape for m in out.maps]
       [(2, 8, 8, 16), (2, 4, 4, 32), (2, 2, 2, 64)]
+
+    References:
+      He et al., "Deep residual learning for image recognition", CVPR 2016; the small networks are
+      those of its section 4.2 in the widths of Tian et al., "Contrastive representation
+      distillation", ICLR 2020.
     """
 
     def __init__(
@@ -330,19 +374,37 @@ def _build_mlp(
     return make(num_classes, in_features=math.prod(image_shape), dtype=dtype, rngs=rngs)
 
 
-# Constructors: ``resnet18(num_classes, *, in_channels=3, stem="cifar", dtype=..., rngs)``.
-resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512))
-resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512))
-resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512))
-resnet8 = partial(ResNet, BasicBlock, (1, 1, 1), (16, 16, 32, 64))
-resnet20 = partial(ResNet, BasicBlock, (3, 3, 3), (16, 16, 32, 64))
-resnet56 = partial(ResNet, BasicBlock, (9, 9, 9), (16, 16, 32, 64))
-resnet8x4 = partial(ResNet, BasicBlock, (1, 1, 1), (32, 64, 128, 256))
-resnet32x4 = partial(ResNet, BasicBlock, (5, 5, 5), (32, 64, 128, 256))
+def _resnet(block: type, depths: tuple[int, ...], widths: tuple[int, ...]) -> Callable[..., ResNet]:
+    make = partial(ResNet, block, depths, widths)
+    make.__doc__ = f"""A `ResNet` of {depths} blocks, features ``[n, {block.expansion * widths[-1]}]``.
 
-# The networks of the paper's MNIST experiment, 784-512-256-128-128-128-10 and 784-512-256-128-10.
-mlp_teacher = partial(MLP, (512, 256, 128, 128, 128))
-mlp_student = partial(MLP, (512, 256, 128))
+    Called as ``make(num_classes, *, in_channels=3, stem="cifar", dtype=jnp.float32, rngs)``; it is
+    ``ResNet({block.__name__}, {depths}, {widths}, num_classes, ...)``: what that says of arguments,
+    shapes and errors holds here.
+    """
+    return make
+
+
+def _mlp(widths: tuple[int, ...]) -> Callable[..., MLP]:
+    make = partial(MLP, widths)
+    make.__doc__ = f"""An `MLP` of the paper's MNIST experiment, features ``[n, {widths[-1]}]``.
+
+    Called as ``make(num_classes, *, in_features, dtype=jnp.float32, rngs)``; it is
+    ``MLP({widths}, num_classes, ...)``: what that says of arguments, shapes and errors holds here.
+    """
+    return make
+
+
+resnet18 = _resnet(BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512))
+resnet34 = _resnet(BasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512))
+resnet50 = _resnet(Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512))
+resnet8 = _resnet(BasicBlock, (1, 1, 1), (16, 16, 32, 64))
+resnet20 = _resnet(BasicBlock, (3, 3, 3), (16, 16, 32, 64))
+resnet56 = _resnet(BasicBlock, (9, 9, 9), (16, 16, 32, 64))
+resnet8x4 = _resnet(BasicBlock, (1, 1, 1), (32, 64, 128, 256))
+resnet32x4 = _resnet(BasicBlock, (5, 5, 5), (32, 64, 128, 256))
+mlp_teacher = _mlp((512, 256, 128, 128, 128))
+mlp_student = _mlp((512, 256, 128))
 
 # Name -> constructor ``(num_classes, *, image_shape, rngs, stem="cifar", dtype=jnp.float32)``.
 MODELS: dict[str, Callable[..., nnx.Module]] = {
