@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,15 +140,13 @@ class BasicBlock(nnx.Module):
       rngs: keys for the initial parameters.
 
     Raises:
-      TypeError: at the call, for an input with other than ``in_width`` channels.
+      ValueError: at the call, for an input with other than ``in_width`` channels.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> def outputs():
-      ...     block = BasicBlock(16, 32, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
-      ...     return block(jnp.ones((2, 8, 8, 16)))
-      >>> nnx.eval_shape(outputs).shape
+      >>> make = lambda: BasicBlock(16, 32, 2, dtype=float, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(lambda: make()(jnp.ones((2, 8, 8, 16)))).shape
       (2, 4, 4, 32)
 
     References:
@@ -176,23 +175,13 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut, four times as wide at its ends.
 
-    Args:
-      in_width: channels of the input.
-      width: channels of the two inner layers; the output has four times as many.
-      stride: of the 3x3 convolution; 2 halves height and width.
-      dtype: what the convolutions compute in.
-      rngs: keys for the initial parameters.
-
-    Raises:
-      TypeError: at the call, for an input with other than ``in_width`` channels.
+    Arguments and errors as of `BasicBlock`; the output has 4 * width channels.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> def outputs():
-      ...     block = Bottleneck(16, 32, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
-      ...     return block(jnp.ones((2, 8, 8, 16)))
-      >>> nnx.eval_shape(outputs).shape
+      >>> make = lambda: Bottleneck(16, 32, 2, dtype=float, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(lambda: make()(jnp.ones((2, 8, 8, 16)))).shape
       (2, 4, 4, 128)
 
     References:
@@ -374,37 +363,27 @@ def _build_mlp(
     return make(num_classes, in_features=math.prod(image_shape), dtype=dtype, rngs=rngs)
 
 
-def _resnet(block: type, depths: tuple[int, ...], widths: tuple[int, ...]) -> Callable[..., ResNet]:
-    make = partial(ResNet, block, depths, widths)
-    make.__doc__ = f"""A `ResNet` of {depths} blocks, features ``[n, {block.expansion * widths[-1]}]``.
+def _named(network: type, *arguments, features: int) -> Callable[..., Any]:
+    make = partial(network, *arguments)
+    called = ", ".join(getattr(a, "__name__", str(a)) for a in arguments)
+    make.__doc__ = f"""``{network.__name__}({called}, num_classes, ...)``, features ``[n, {features}]``.
 
-    Called as ``make(num_classes, *, in_channels=3, stem="cifar", dtype=jnp.float32, rngs)``; it is
-    ``ResNet({block.__name__}, {depths}, {widths}, num_classes, ...)``: what that says of arguments,
-    shapes and errors holds here.
+    `{network.__name__}` says the rest: its other arguments, shapes and errors.
     """
     return make
 
 
-def _mlp(widths: tuple[int, ...]) -> Callable[..., MLP]:
-    make = partial(MLP, widths)
-    make.__doc__ = f"""An `MLP` of the paper's MNIST experiment, features ``[n, {widths[-1]}]``.
-
-    Called as ``make(num_classes, *, in_features, dtype=jnp.float32, rngs)``; it is
-    ``MLP({widths}, num_classes, ...)``: what that says of arguments, shapes and errors holds here.
-    """
-    return make
-
-
-resnet18 = _resnet(BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512))
-resnet34 = _resnet(BasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512))
-resnet50 = _resnet(Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512))
-resnet8 = _resnet(BasicBlock, (1, 1, 1), (16, 16, 32, 64))
-resnet20 = _resnet(BasicBlock, (3, 3, 3), (16, 16, 32, 64))
-resnet56 = _resnet(BasicBlock, (9, 9, 9), (16, 16, 32, 64))
-resnet8x4 = _resnet(BasicBlock, (1, 1, 1), (32, 64, 128, 256))
-resnet32x4 = _resnet(BasicBlock, (5, 5, 5), (32, 64, 128, 256))
-mlp_teacher = _mlp((512, 256, 128, 128, 128))
-mlp_student = _mlp((512, 256, 128))
+resnet18 = _named(ResNet, BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), features=512)
+resnet34 = _named(ResNet, BasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512), features=512)
+resnet50 = _named(ResNet, Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512), features=2048)
+resnet8 = _named(ResNet, BasicBlock, (1, 1, 1), (16, 16, 32, 64), features=64)
+resnet20 = _named(ResNet, BasicBlock, (3, 3, 3), (16, 16, 32, 64), features=64)
+resnet56 = _named(ResNet, BasicBlock, (9, 9, 9), (16, 16, 32, 64), features=64)
+resnet8x4 = _named(ResNet, BasicBlock, (1, 1, 1), (32, 64, 128, 256), features=256)
+resnet32x4 = _named(ResNet, BasicBlock, (5, 5, 5), (32, 64, 128, 256), features=256)
+# The networks of the paper's MNIST experiment, 784-512-256-128-128-128-10 and 784-512-256-128-10.
+mlp_teacher = _named(MLP, (512, 256, 128, 128, 128), features=128)
+mlp_student = _named(MLP, (512, 256, 128), features=128)
 
 # Name -> constructor ``(num_classes, *, image_shape, rngs, stem="cifar", dtype=jnp.float32)``.
 MODELS: dict[str, Callable[..., nnx.Module]] = {
