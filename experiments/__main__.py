@@ -3,6 +3,11 @@
 import ast
 import pathlib
 
-for path in sorted(pathlib.Path(__file__).parent.glob("[a-z]*.py")):
-    summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n", 1)[0]
-    print(f"python -m experiments.{path.stem:<8} {summary}")
+# In the order in which someone meets them.
+NAMES = ("digits", "mnist", "cifar", "svhn", "table", "tradeoff", "features", "bound", "bench")
+
+if __name__ == "__main__":
+    print("python -m experiments.NAME [--help], with NAME one of\n")
+    for name in NAMES:
+        text = pathlib.Path(__file__).with_name(f"{name}.py").read_text()
+        print(f"{name:<10}{(ast.get_docstring(ast.parse(text)) or '').splitlines()[0]}")

@@ -1,4 +1,4 @@
-"""What the losses cost, measured on this machine beside what a user would run instead.
+"""What the losses cost on this machine, beside the alternatives.
 
     python -m experiments.bench --suite=peers
 
@@ -19,9 +19,9 @@ class Bench:
     """What to measure."""
 
     suite: Literal["peers", "classes", "gaussian", "growth", "step", "start"] = "peers"
-    """peers: w2 and cw2 against torch + POT and ott-jax; classes: 10 classes against 1,000;
-    gaussian: gaussian_w2 against d x d eigendecompositions; growth: time and memory against n and
-    d; step: what a metric adds to a training step; start: from the command to the first step."""
+    """peers: w2, cw2 against torch + POT and ott-jax; classes: 10 against 1,000;
+    gaussian: against eigendecompositions; growth: with n and d;
+    step: what a metric adds to one; start: until the first step."""
     repeats: Annotated[int | None, _optional("INT", "the suite's own")] = None
     """Measurements of each time, fewer where they take long."""
     out: str = "runs/bench"

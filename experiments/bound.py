@@ -1,10 +1,11 @@
-"""The theorem's chain, gap <= W <= L2, measured over a run's training with an exact plan.
+"""The theorem's chain, gap <= W <= L2, over a run's training.
 
     python -m experiments.bound --run=runs/digits-cw2-0
 
-Trains the run's two students again (its checkpoints are of the end alone) and measures the chain
-on test images before, during and after: bound.png and bound.json in its folder. The real
-classifiers' gap of cross-entropies is drawn below it; the theorem does not cover that one.
+Trains the run's two students again (its checkpoints are of the end alone) and measures the chain,
+with an exact plan, on test images before, during and after: bound.png and bound.json in its
+folder. The real classifiers' gap of cross-entropies is drawn below it; the theorem does not cover
+that one.
 """
 
 import dataclasses

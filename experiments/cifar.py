@@ -1,11 +1,12 @@
-"""Distil a ResNet-34 into a ResNet-18 on CIFAR-10 or CIFAR-100, the paper's pair.
+"""Distil a ResNet-34 into a ResNet-18 on CIFAR-10 or CIFAR-100.
 
     python -m experiments.cifar --metric=jw2
     python -m experiments.cifar --teacher=resnet20 --student=resnet8 --max-steps=30
 
-50,000 images to train and 10,000 to test, downloaded by tensorflow-datasets if they are not on
-disk. From scratch with the CIFAR stem by default, which is not the paper's ImageNet-pretrained
-setting: that is --stem=imagenet with --pretrained-teacher and --pretrained-student.
+The paper's pair. 50,000 images to train and 10,000 to test, downloaded by tensorflow-datasets if
+they are not on disk. From scratch with the CIFAR stem by default, which is not the paper's
+ImageNet-pretrained setting: that is --stem=imagenet with --pretrained-teacher and
+--pretrained-student.
 """
 
 from experiments._common.cli import CifarSettings, Distillation, Networks, Training, main

@@ -1,4 +1,4 @@
-"""Distil a residual network into a small MLP on scikit-learn's handwritten digits.
+"""Distil a ResNet-8 into a small MLP on scikit-learn's digits.
 
     python -m experiments.digits --metric=jw2
 

@@ -1,4 +1,4 @@
-"""Teacher and student features on test images in the plane, without and with distillation.
+"""A run's features in the plane, without and with distillation.
 
     python -m experiments.features --run=runs/digits-cw2-0
 
@@ -24,7 +24,7 @@ class Features:
     run: str
     """The folder of a finished run."""
     examples: int = 500
-    """Test images, the first ones; of data sets with more than 10 classes those of 10."""
+    """Test images, of at most 10 classes."""
     seed: int = 0
     """Of t-SNE."""
     data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None

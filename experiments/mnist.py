@@ -1,9 +1,10 @@
-"""Distil a deep MLP into a shallower one on MNIST, the paper's networks.
+"""Distil a deep MLP into a shallower one on MNIST.
 
     python -m experiments.mnist --metric=cw2
 
-60,000 images to train and 10,000 to test, downloaded by tensorflow-datasets if they are not on
-disk. The teacher has five hidden layers, the student three; both end in 128 features.
+The paper's networks. 60,000 images to train and 10,000 to test, downloaded by tensorflow-datasets
+if they are not on disk. The teacher has five hidden layers, the student three; both end in 128
+features.
 """
 
 from experiments._common.cli import Distillation, Networks, Settings, Training, main

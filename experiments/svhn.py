@@ -1,9 +1,9 @@
-"""Distil a ResNet-34 into a ResNet-18 on SVHN (cropped), the paper's pair.
+"""Distil a ResNet-34 into a ResNet-18 on SVHN (cropped).
 
     python -m experiments.svhn --metric=jw2
 
-73,257 images to train and 26,032 to test, downloaded by tensorflow-datasets if they are not on
-disk.
+The paper's pair. 73,257 images to train and 26,032 to test, downloaded by tensorflow-datasets if
+they are not on disk.
 """
 
 from experiments._common.cli import Distillation, Networks, Settings, Training, main

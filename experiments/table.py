@@ -1,10 +1,11 @@
-"""The paper's table: teacher, student alone and each metric, over seeds, with intervals.
+"""The paper's table over seeds, with confidence intervals.
 
     python -m experiments.table --dataset digits --metrics w2 cw2 jw2 kd=0.9
 
-Every seed has its own teacher and student alone, which all metrics share: differences are paired.
-Writes table.md, table.tex, table.png and table.json beside the cells, which are run folders. What
-is finished there is reused, so the same command continues an interrupted table.
+Rows are the teacher, the student alone and each metric. Every seed has its own teacher and
+student alone, which all metrics share: differences are paired. Writes table.md, table.tex,
+table.png and table.json beside the cells, which are run folders. What is finished there is
+reused, so the same command continues an interrupted table.
 """
 
 import dataclasses
@@ -22,12 +23,11 @@ class Table:
     """What the table has in it."""
 
     dataset: tuple[str, ...] = ("digits",)
-    """Data sets, the columns: digits, mnist, svhn, cifar10, cifar100."""
+    """Columns, of digits mnist svhn cifar10 cifar100."""
     metrics: tuple[str, ...] = ("w2", "cw2", "jw2", "gaussian-w2", "gaussian-cw2", "gaussian-kl")
-    """The rows, as in the mains; NAME=LAMBDA gives one its own weight: kd=0.9, kd+cw2=0.9,1e-3.
-    The teacher and the student alone (none) are always there."""
-    coef: Annotated[str | None, optional("FLOAT", "the data set's own main")] = None
-    """Lambda of all metrics without their own."""
+    """Rows; with options and a lambda: jw2:beta=0.5=1e-3, kd+cw2=0.9,1e-3."""
+    coef: Annotated[str | None, optional("STR", "the main's")] = None
+    """Lambda of the others, or auto:RATIO."""
     grid: tyro.conf.OmitArgPrefixes[Grid] = dataclasses.field(default_factory=Grid)
 
 

@@ -1,9 +1,10 @@
-"""Accuracy and both losses against lambda: how strongly should the student be pulled?
+"""Accuracy and both losses against lambda, over seeds.
 
-    python -m experiments.tradeoff --dataset=digits --metric=cw2 --coefs 1e-4 1e-3 1e-2 auto:0.1
+    python -m experiments.tradeoff --metric=cw2 --coefs 1e-4 1e-3 1e-2 auto:0.1
 
-Runs each lambda over the same seeds as the table, and from the same cells: what is finished under
---out is reused. auto:RATIO tracks the gradients (see kd2m_jax.make_train_step).
+How strongly should the student be pulled? Runs each lambda over the same seeds as the table, and
+from the same cells: what is finished under --out is reused. auto:RATIO tracks the gradients
+(see kd2m_jax.make_train_step).
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ class Tradeoff:
     dataset: str = "digits"
     """digits, mnist, svhn, cifar10 or cifar100."""
     metric: str = "cw2"
-    """The distance, as in the mains."""
+    """As in the mains, with options: jw2:beta=0.5."""
     coefs: tuple[str, ...] = ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1", "auto:0.1")
-    """Values of lambda, > 0, or auto:RATIO."""
+    """Lambdas > 0, in nats per unit of the metric, or auto:RATIO."""
     grid: tyro.conf.OmitArgPrefixes[Grid] = dataclasses.field(default_factory=Grid)
 
 

@@ -14,11 +14,28 @@ except ImportError:  # Windows has no such locks
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that another process writes, or that is of another run."""
+    """A checkpoint folder that another process writes, or that is of another run.
+
+    `fit` raises it before the first step; nothing in the folder is changed.
+
+    Example:
+      >>> from kd2m_jax import CheckpointError
+      >>> issubclass(CheckpointError, ValueError)
+      True
+    """
 
 
 class Stopped(SystemExit):
-    """SIGTERM came: the step was finished and saved. The same call, or --resume, continues."""
+    """SIGTERM came: the step was finished and saved. The same call, or --resume, continues.
+
+    `fit` raises it where it has a checkpoint folder. A program that does not catch it ends with
+    the status 143 that the shell expects after SIGTERM.
+
+    Example:
+      >>> from kd2m_jax import Stopped
+      >>> Stopped(143).code, issubclass(Stopped, SystemExit)
+      (143, True)
+    """
 
 
 @contextlib.contextmanager

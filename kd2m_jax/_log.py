@@ -7,7 +7,22 @@ import numpy as np
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A training loss became NaN or infinite. The last good checkpoint is still there."""
+    """A training loss became NaN or infinite. The last good checkpoint is still there.
+
+    `fit` raises it; the message names the step and each term of the loss. What helps: a smaller
+    lambda (``coef``, or ``coef="auto"``), a smaller learning rate, inputs that are finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from kd2m_jax import NonFiniteLoss, fit, models
+      >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
+      >>> try:
+      ...     fit(net, (jnp.full((8, 4), jnp.nan), jnp.zeros(8, int)), epochs=1, batch_size=8)
+      ... except NonFiniteLoss as error:
+      ...     print(str(error)[:36])
+      the loss is not finite at step 1 (lo
+    """
 
 
 class Log:

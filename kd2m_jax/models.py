@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,9 @@ def build(
       rngs: keys for the initial parameters.
       stem: "cifar" or "imagenet", see :class:`ResNet`; it means nothing to an MLP.
       dtype: what the layers compute in.
+
+    Returns:
+      A network from ``[n, height, width, channels]`` images to `Outputs` with ``[n, k]`` logits.
 
     Raises:
       ValueError: if the name or the stem is unknown, or ``image_shape`` has not three entries.
@@ -128,7 +132,25 @@ class MLP(nnx.Module):
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut, ``relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))``.
 
-    He et al., "Deep residual learning for image recognition", CVPR 2016, figure 5 left.
+    Args:
+      in_width: channels of the input.
+      width: channels of the output.
+      stride: of the first convolution; 2 halves height and width.
+      dtype: what the convolutions compute in.
+      rngs: keys for the initial parameters.
+
+    Raises:
+      ValueError: at the call, for an input with other than ``in_width`` channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> make = lambda: BasicBlock(16, 32, 2, dtype=float, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(lambda: make()(jnp.ones((2, 8, 8, 16)))).shape
+      (2, 4, 4, 32)
+
+    References:
+      He et al., "Deep residual learning for image recognition", CVPR 2016, figure 5 left.
     """
 
     expansion = 1
@@ -153,8 +175,18 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut, four times as wide at its ends.
 
-    He et al., CVPR 2016, figure 5 right, with the stride on the 3x3 convolution ("v1.5"), as in
-    torchvision.
+    Arguments and errors as of `BasicBlock`; the output has 4 * width channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> make = lambda: Bottleneck(16, 32, 2, dtype=float, rngs=nnx.Rngs(0))
+      >>> nnx.eval_shape(lambda: make()(jnp.ones((2, 8, 8, 16)))).shape
+      (2, 4, 4, 128)
+
+    References:
+      He et al., CVPR 2016, figure 5 right, with the stride on the 3x3 convolution ("v1.5"), as in
+      torchvision.
     """
 
     expansion = 4
@@ -186,10 +218,6 @@ class ResNet(nnx.Module):
     its shortcut is a 1x1 convolution with batch normalisation, as in torchvision and in
     RepDistiller. Layers are named so that :func:`load_torch_weights` finds them.
 
-    He et al., "Deep residual learning for image recognition", CVPR 2016; the small networks are
-    those of its section 4.2 in the widths of Tian et al., "Contrastive representation
-    distillation", ICLR 2020.
-
     Args:
       block: ``BasicBlock`` or ``Bottleneck``.
       depths: number of blocks of each stage.
@@ -215,6 +243,11 @@ class ResNet(nnx.Module):
       ((2, 64), (2, 10))
       >>> [m.shape for m in out.maps]
       [(2, 8, 8, 16), (2, 4, 4, 32), (2, 2, 2, 64)]
+
+    References:
+      He et al., "Deep residual learning for image recognition", CVPR 2016; the small networks are
+      those of its section 4.2 in the widths of Tian et al., "Contrastive representation
+      distillation", ICLR 2020.
     """
 
     def __init__(
@@ -330,19 +363,27 @@ def _build_mlp(
     return make(num_classes, in_features=math.prod(image_shape), dtype=dtype, rngs=rngs)
 
 
-# Constructors: ``resnet18(num_classes, *, in_channels=3, stem="cifar", dtype=..., rngs)``.
-resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512))
-resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512))
-resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512))
-resnet8 = partial(ResNet, BasicBlock, (1, 1, 1), (16, 16, 32, 64))
-resnet20 = partial(ResNet, BasicBlock, (3, 3, 3), (16, 16, 32, 64))
-resnet56 = partial(ResNet, BasicBlock, (9, 9, 9), (16, 16, 32, 64))
-resnet8x4 = partial(ResNet, BasicBlock, (1, 1, 1), (32, 64, 128, 256))
-resnet32x4 = partial(ResNet, BasicBlock, (5, 5, 5), (32, 64, 128, 256))
+def _named(network: type, *arguments, features: int) -> Callable[..., Any]:
+    make = partial(network, *arguments)
+    called = ", ".join(getattr(a, "__name__", str(a)) for a in arguments)
+    make.__doc__ = f"""``{network.__name__}({called}, num_classes, ...)``, features ``[n, {features}]``.
 
+    `{network.__name__}` says the rest: its other arguments, shapes and errors.
+    """
+    return make
+
+
+resnet18 = _named(ResNet, BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), features=512)
+resnet34 = _named(ResNet, BasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512), features=512)
+resnet50 = _named(ResNet, Bottleneck, (3, 4, 6, 3), (64, 64, 128, 256, 512), features=2048)
+resnet8 = _named(ResNet, BasicBlock, (1, 1, 1), (16, 16, 32, 64), features=64)
+resnet20 = _named(ResNet, BasicBlock, (3, 3, 3), (16, 16, 32, 64), features=64)
+resnet56 = _named(ResNet, BasicBlock, (9, 9, 9), (16, 16, 32, 64), features=64)
+resnet8x4 = _named(ResNet, BasicBlock, (1, 1, 1), (32, 64, 128, 256), features=256)
+resnet32x4 = _named(ResNet, BasicBlock, (5, 5, 5), (32, 64, 128, 256), features=256)
 # The networks of the paper's MNIST experiment, 784-512-256-128-128-128-10 and 784-512-256-128-10.
-mlp_teacher = partial(MLP, (512, 256, 128, 128, 128))
-mlp_student = partial(MLP, (512, 256, 128))
+mlp_teacher = _named(MLP, (512, 256, 128, 128, 128), features=128)
+mlp_student = _named(MLP, (512, 256, 128), features=128)
 
 # Name -> constructor ``(num_classes, *, image_shape, rngs, stem="cifar", dtype=jnp.float32)``.
 MODELS: dict[str, Callable[..., nnx.Module]] = {

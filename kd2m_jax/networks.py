@@ -33,6 +33,18 @@ class Network(NamedTuple):
         dropout and may be None where ``train`` is False.
       export: ``(params, state) -> model``, the trained model as its users know it: an NNX module
         in evaluation mode, a Linen module's variables, or by default the pair itself.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def init(key, x):
+      ...     return {"hidden": jnp.ones((x.shape[1], 8)), "head": jnp.ones((8, 3))}, {}
+      >>> def apply(params, state, x, *, train, rng):
+      ...     features = x @ params["hidden"]
+      ...     return Outputs(features, features @ params["head"]), state
+      >>> network, x = Network(init, apply), jnp.ones((2, 4))
+      >>> params, state = network.init(None, x)
+      >>> network.apply(params, state, x, train=False, rng=None)[0].logits.shape
+      (2, 3)
     """
 
     init: Callable[..., tuple[Any, Any]]

@@ -31,6 +31,16 @@ class TrainState(NamedTuple):
         gradients, which coef="auto" keeps (zeros without it).
       step: int32 scalar, steps done.
       key: PRNG key; each step folds its number into it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from kd2m_jax import from_nnx, models
+      >>> network = from_nnx(models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0)))
+      >>> state = init_state(network, optax.sgd(0.1), jnp.ones((2, 4)), key=jax.random.key(0))
+      >>> params, model_state = state.variables
+      >>> state.step.shape, state.grad_norms.shape
+      ((), (2,))
     """
 
     params: Any
@@ -62,6 +72,9 @@ def init_state(
 
     Returns:
       A `TrainState` that owns its arrays: a step may donate them without harm to the network.
+
+    Raises:
+      Whatever the network's ``init`` raises for such an ``x``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -272,6 +285,9 @@ def make_eval_step(network: Network) -> Callable[..., dict[str, jax.Array]]:
       ``eval_step(variables, (x, labels)) -> sums`` with ``correct``, ``loss`` (cross-entropy in
       nats) and ``count``. Examples with a negative label do not count, so a last partial batch
       is padded with label -1 and nothing is compiled again.
+
+    Raises:
+      Whatever the network raises for such an ``x`` ``[n, ...]``; labels are ``[n]`` integers.
 
     Example:
       >>> import jax.numpy as jnp

@@ -40,6 +40,16 @@ class FitResult(NamedTuple):
       best: the same, of the epoch with the best test accuracy (the last without ``eval_data``).
       history: the records that the callbacks got, oldest first.
       state: the final `TrainState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from kd2m_jax import models
+      >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
+      >>> x, labels = jnp.ones((8, 4)), jnp.zeros(8, int)
+      >>> result = fit(net, (x, labels), epochs=1, batch_size=8)
+      >>> result.student(x).features.shape, result.history[-1]["step"]
+      ((8, 8), 1)
     """
 
     student: Any

@@ -15,15 +15,17 @@
 import subprocess
 import sys
 
-# What pip installs on Google Colab: put the address of the repository in the place of OWNER.
-PACKAGE = "git+https://github.com/OWNER/kd2m_jax"
+# What pip installs on Google Colab: the path of a clone, or "git+" and the address it came from.
+PACKAGE = "/content/kd2m_jax"
 
 if "google.colab" in sys.modules:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE], check=True)
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE])
+    if done.returncode:
+        raise RuntimeError(
+            f"pip cannot install {PACKAGE!r}: set PACKAGE above to the path of a clone on this "
+            'machine, or to "git+" followed by the address of the repository you cloned'
+        )
 
-# %% [markdown]
-# # Metrics playground: what each distance sees
-#
 # %% [markdown]
 # # From run folders to the paper's table, figure and bound
 #
@@ -36,6 +38,7 @@ if "google.colab" in sys.modules:
 # %%
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -43,11 +46,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import nnx
+from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from kd2m_jax import Outputs, from_nnx, init_state, losses, models, shard_map_step, theory
+from kd2m_jax import Outputs, losses, theory
 
 RUNS = Path("runs")
 COLOURS = {"teacher": "#0072B2", "student": "#E69F00", "distilled": "#009E73"}
@@ -136,10 +139,12 @@ print(f"{SEEDS} teachers, {sum(a[..., 0].size for _, a in students.values())} st
 # %% [markdown]
 # ## A run folder
 #
-# The experiments (`python -m experiments.digits`, ...) leave a folder a run. Two of its files are
-# all we need: `config.json` says what was run, and each line of `metrics.jsonl` is a JSON object
-# with the phase (teacher, student, distilled), the step, the epoch and, after an epoch,
-# `test_accuracy`. The tiny runs are written in this form, unless `RUNS` holds some already.
+# The experiments (`python -m experiments.digits`, ...) leave a folder a run, and those of
+# `experiments.table` a folder a cell, `runs/table/digits/seed0/cw2`. Two files are all we need:
+# `config.json` says what was run, and each line of `metrics.jsonl` is a JSON object with the phase
+# (teacher, student, distilled), the step, the epoch and, after an epoch, `test_accuracy`. A run
+# that has come to its end also has its `report.md`. The tiny runs are written in this form, unless
+# `RUNS` holds some already.
 
 
 # %%
@@ -156,9 +161,16 @@ def write_run(metric, coef, seed, accuracies):
         for i, a in enumerate(curve)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "report.md").write_text("Made by the notebook reproduce_the_paper.\n")
 
 
-if not any(RUNS.glob("*/config.json")):
+def finished_runs():
+    """The folders of finished runs, however deep, without those that a later run has set aside."""
+    folders = sorted(path.parent for path in RUNS.rglob("report.md"))
+    return [f for f in folders if "previous-" not in str(f) and (f / "config.json").exists()]
+
+
+if not finished_runs():
     alone = students["cw2"][1][:, 0]
     for metric, (_, accuracy) in students.items():
         coefs = SWEEP if metric == "cw2" else [OTHERS[metric]]
@@ -168,15 +180,16 @@ if not any(RUNS.glob("*/config.json")):
                 phases["distilled"] = accuracy[seed, i]
                 write_run(metric, coefs[i], seed, phases)
 
-print((sorted(RUNS.glob("*/metrics.jsonl"))[0]).read_text().splitlines()[-1])
+print((finished_runs()[0] / "metrics.jsonl").read_text().splitlines()[-1])
 
 # %% [markdown]
 # ## The table
 #
-# Runs belong in one table if everything but metric, λ and seed is the same. Accuracies are those
-# of the last epoch, in percent: mean ± standard deviation over seeds. Since the same seed means
-# the same start and the same batches, the gain over the student alone is taken seed by seed, with
-# the standard error of its mean.
+# Runs belong in one table if everything in their configurations but metric, weights and seed is the
+# same. Accuracies are those of the last epoch, in percent: mean ± standard deviation over seeds.
+# Since the same seed means the same start and the same batches, the gain over the student alone is
+# taken seed by seed, with the 95% interval of Student's t: with 5 seeds it reaches 2.78 standard
+# errors to each side, with 3 seeds 4.30. One seed has neither.
 
 
 # %%
@@ -188,76 +201,101 @@ def read_run(folder):
     return config, last
 
 
-SETTING = ("dataset", "teacher", "student", "protocol", "epochs", "batch_size")
-runs = [read_run(path.parent) for path in sorted(RUNS.glob("*/config.json"))]
-settings = Counter(tuple(config[key] for key in SETTING) for config, _ in runs)
+def setting_of(config):
+    """Everything that the rows of a table share: all but metric, weights and seed."""
+    varied = ("metric", "coef", "task_coef", "seed")
+    return json.dumps({key: value for key, value in config.items() if key not in varied})
+
+
+def weights(config):
+    """What a row is called beside its metric: λ of each term, and another weight of the labels."""
+    coefs = ",".join(c if isinstance(c, str) else f"{c:g}" for c in config["coef"])
+    labels = config.get("task_coef", 1)
+    return coefs if labels == 1 else f"{coefs}; labels {labels:g}"
+
+
+runs = [read_run(folder) for folder in finished_runs()]
+settings = Counter(setting_of(config) for config, _ in runs)
 setting, count = settings.most_common(1)[0]
-print(f"{count} runs of", ", ".join(f"{k} {v}" for k, v in zip(SETTING, setting, strict=True)))
+print(f"{count} of {len(runs)} finished runs share this setting:")
+for key, value in json.loads(setting).items():
+    print(f"  {key} {value}")
 
 baseline = {"teacher": {}, "student": {}}  # seed -> accuracy
-distilled = {}  # (metric, coef) -> seed -> accuracy
+distilled = {}  # (metric, weights) -> seed -> accuracy
 for config, last in runs:
-    complete = last.keys() >= baseline.keys()  # and not stopped on its way
-    if complete and tuple(config[key] for key in SETTING) == setting:
+    if setting_of(config) == setting:
         for phase, by_seed in baseline.items():
             by_seed[config["seed"]] = last[phase]
         if "distilled" in last:
-            row = distilled.setdefault((config["metric"], *config["coef"]), {})
+            row = distilled.setdefault((config["metric"], weights(config)), {})
             row[config["seed"]] = last["distilled"]
 
 
-def spread(values):
-    """Mean and sample standard deviation over seeds (0 for one seed)."""
+def mean_and_interval(values):
+    """Mean and 95% t-interval of it; of one value no interval."""
     values = np.array(list(values))
-    return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+    if len(values) == 1:
+        return values[0], (np.nan, np.nan)
+    error = stats.sem(values)
+    return values.mean(), values.mean() + error * np.array(stats.t.interval(0.95, len(values) - 1))
 
 
-def gains(by_seed):
-    """Gain over the student alone, seed by seed: mean and standard error."""
-    mean, std = spread(score - baseline["student"][seed] for seed, score in by_seed.items())
-    return mean, std / len(by_seed) ** 0.5
+def mean_and_spread(values):
+    """`91.73 ± 0.74`: mean and standard deviation; of one value the value."""
+    values = list(values)
+    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{spread}"
 
 
-print(f"\n{'':<14}{'λ':>8}{'seeds':>7}{'accuracy (%)':>16}{'gain (points)':>18}")
+wide = 2 + max((len(coefs) for _, coefs in distilled), default=1)
+print(f"\n{'':<14}{'λ':>{wide}}{'seeds':>7}{'accuracy (%)':>16}{'gain (points)':>16}  95% interval")
 for name, by_seed in baseline.items():
-    mean, std = spread(by_seed.values())
-    print(f"{name:<14}{'':>8}{len(by_seed):>7}{mean:>10.2f} ± {std:.2f}")
-for (metric, *coefs), by_seed in sorted(distilled.items()):
-    (mean, std), (gain, error) = spread(by_seed.values()), gains(by_seed)
-    told = ",".join(f"{coef:g}" for coef in coefs)
-    print(f"{metric:<14}{told:>8}{len(by_seed):>7}{mean:>10.2f} ± {std:.2f}", end="")
-    print(f"{gain:>+11.2f} ± {error:.2f}")
+    print(f"{name:<14}{'':>{wide}}{len(by_seed):>7}{mean_and_spread(by_seed.values()):>16}")
+for (metric, coefs), by_seed in sorted(distilled.items()):
+    differences = [score - baseline["student"][seed] for seed, score in by_seed.items()]
+    gain, (low, high) = mean_and_interval(differences)
+    interval = f"[{low:+.2f}, {high:+.2f}]" if len(differences) > 1 else "unknown"
+    accuracy = mean_and_spread(by_seed.values())
+    print(f"{metric:<14}{coefs:>{wide}}{len(by_seed):>7}{accuracy:>16}{gain:>+16.2f}  {interval}")
 
 # %% [markdown]
-# Read it with the errors beside it: a gain below about two standard errors could be chance. The
-# test set has 450 images, so one image is 0.22 points. The λ of the tiny runs were not chosen on
-# a validation set: picking the best row here and reporting its accuracy would flatter it.
+# A gain whose interval reaches over 0 could be chance. And of many rows some lie outside by chance
+# alone: `experiments.table` adjusts for their number. The test set has 450 images, so one image is
+# 0.22 points. The λ of the tiny runs were not chosen on a validation set: picking the best row here
+# and reporting its accuracy would flatter it.
 #
 # ## The trade-off: accuracy against λ
 #
-# For the metric that was run with most values of λ.
+# For the metric that was run with most values of λ. A run whose λ is tracked (`auto`) has no place
+# on this axis; `experiments.tradeoff` draws it at its mean λ.
+
 
 # %%
-metric = Counter(name for name, *_ in distilled).most_common(1)[0][0]
-curve = sorted((key[1], by_seed) for key, by_seed in distilled.items() if key[0] == metric)
+curves = {}  # metric -> λ -> seed -> accuracy
+for (metric, coefs), by_seed in distilled.items():
+    with suppress(ValueError):  # tracked, or several terms
+        curves.setdefault(metric, {})[float(coefs)] = by_seed
+metric = max(curves, key=lambda name: len(curves[name]), default="distilled")
+curve = curves.get(metric, {})
 figure, axis = plt.subplots(figsize=(5, 3))
 for phase, by_seed in baseline.items():
-    mean, std = spread(by_seed.values())
-    error = std / len(by_seed) ** 0.5
+    mean, (low, high) = mean_and_interval(by_seed.values())
     axis.axhline(mean, color=COLOURS[phase], linestyle="--", label=phase)
-    axis.axhspan(mean - error, mean + error, color=COLOURS[phase], alpha=0.15, linewidth=0)
-coefs = [coef for coef, _ in curve]
-means, errors = zip(
-    *((spread(s.values())[0], spread(s.values())[1] / len(s) ** 0.5) for _, s in curve), strict=True
-)
-axis.errorbar(coefs, means, errors, fmt="o-", c=COLOURS["distilled"], capsize=3, label=metric)
+    axis.axhspan(low, high, color=COLOURS[phase], alpha=0.15, linewidth=0)
+coefs = sorted(curve)
+found = [mean_and_interval(curve[coef].values()) for coef in coefs]
+means = [mean for mean, _ in found]
+bars = [[m - low for m, (low, _) in found], [high - m for m, (_, high) in found]]
+axis.errorbar(coefs, means, bars, fmt="o-", c=COLOURS["distilled"], capsize=3, label=metric)
 axis.set(xscale="log", xlabel="λ, the weight of the distance", ylabel="test accuracy (%)")
 axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Bars and bands are one standard error of the mean over seeds. In the tiny runs a weak pull
+# Bars and bands are 95% t-intervals of the mean over seeds, each by itself: what a seed does to
+# both students alike is in them, and cancels in the table's gains. In the tiny runs a weak pull
 # changes little, and a strong one costs accuracy: the student then spends itself on the teacher's
 # features. Where the best λ lies depends on the scale of the features, so on networks and data.
 #
@@ -334,18 +372,14 @@ plt.show()
 # files are downloaded by `huggingface_hub`:
 #
 # ```bash
-# for metric in w2 cw2 jw2 gaussian-w2 gaussian-cw2 gaussian-kl; do
-#   for seed in 0 1 2; do
-#     python -m experiments.cifar --metric=$metric --seed=$seed --stem=imagenet \
-#       --pretrained-teacher=hf:timm/resnet34.tv_in1k --pretrained-student=hf:timm/resnet18.tv_in1k
-#   done
-# done
+# python -m experiments.table --dataset cifar10 --seeds=5 --stem=imagenet \
+#   --pretrained-teacher=hf:timm/resnet34.tv_in1k --pretrained-student=hf:timm/resnet18.tv_in1k
 # ```
 #
-# Each command trains a teacher (or takes it from `runs/teachers/`, if one of the same settings is
-# there), the student alone and the distilled student, 15 epochs each; `--resume` continues one
-# that was stopped. Then run this notebook where `runs/` lies: it makes the table and the
-# trade-off of what is there. The paper reports these accuracies (%), one seed each:
+# For each seed it trains a teacher, a student alone and a student for each of the paper's six
+# metrics, 15 epochs each; the same command continues a table that was stopped. It writes its own
+# table, with intervals and adjusted p-values; or run this notebook where `runs/` lies, which reads
+# what is there. The paper reports these accuracies (%), one seed each:
 #
 # | | SVHN | CIFAR-10 | CIFAR-100 |
 # |---|---:|---:|---:|
@@ -362,25 +396,13 @@ plt.show()
 # CIFAR-100: differences between metrics of 0.1 to 0.8 points need several seeds.
 #
 # **Several GPUs of one machine** are used by themselves: the batch is split, the metric sees all
-# of it. **Several hosts** take a loop of your own around `shard_map_step`. Every host runs the
-# same script, calls `jax.distributed.initialize()` first, and hands over its part of each batch.
-# The following is that script; here it runs as the only process.
-
-# %%
-# jax.distributed.initialize()  # on several hosts, before anything else of JAX
-mesh = jax.make_mesh((jax.device_count(),), ("devices",))
-by_row = jax.NamedSharding(mesh, jax.P("devices"))
-
-teacher, student = (
-    from_nnx(models.MLP((width, 32), 10, in_features=64, rngs=nnx.Rngs(0))) for width in (256, 12)
-)
-optimizer = optax.adam(5e-3)
-step = shard_map_step(student, teacher, optimizer, metric="gaussian-cw2", coef=1e-2, mesh=mesh)
-state = init_state(student, optimizer, x[:1], key=jax.random.key(0))
-teacher_variables = teacher.init(None, x[:1])  # here a trained teacher's belong
-
-local = np.arange(jax.process_index(), BATCH, jax.process_count())  # this host's rows of the batch
-parts = (np.asarray(x)[local], np.asarray(labels)[local])
-global_batch = tuple(jax.make_array_from_process_local_data(by_row, part) for part in parts)
-state, metrics = step(state, teacher_variables, global_batch)
-print({name: round(float(value), 3) for name, value in metrics.items()})
+# of it. **Several hosts** run the same command, with `--distributed`, on each of them. Slurm, Open
+# MPI and TPU pods say themselves how many there are; elsewhere give the address of the first host
+# and each one's number:
+#
+# ```bash
+# python -m experiments.cifar --metric=cw2 --distributed \
+#   --coordinator=HOST0:1234 --num-processes=2 --process-id=0   # and --process-id=1 on the other
+# ```
+#
+# In a script of your own, `fit` does the same once `jax.distributed.initialize()` has been called.

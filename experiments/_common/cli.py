@@ -26,15 +26,22 @@ def _optional(kind: str, default: str):
 class Distillation:
     """What the student is asked to match, and how strongly."""
 
-    metric: str = "cw2"
-    """Distance between the networks' features: w2, cw2, jw2, gaussian-w2, gaussian-cw2,
-    gaussian-kl, kd, ... (README) or none. NAME@logits compares the logits, kd+cw2 adds two up."""
-    coef: str = "1e-4"
-    """Lambda, the weight of the distance, >= 0; of a sum of metrics one each: 0.9,1e-3. It depends
-    on the scale of the features; auto:RATIO finds it: the distance's gradient is kept at RATIO
-    times the cross-entropy's (auto: 0.1)."""
+    metric: Annotated[
+        str,
+        tyro.conf.arg(
+            help="w2, cw2, jw2, gaussian-w2, kd, ... (README), or none; with options: "
+            "jw2:beta=0.5; a sum: kd+cw2; of the logits: w2@logits."
+        ),
+    ] = "cw2"
+    coef: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Lambda >= 0, in nats per unit of the metric; of a sum: 0.9,1e-3. auto:0.1 "
+            "keeps its gradient at 0.1 of the rest."
+        ),
+    ] = "1e-4"
     task_coef: float = 1.0
-    """The weight of the cross-entropy on the labels; >= 0."""
+    """Weight of the cross-entropy, >= 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +49,14 @@ class Networks:
     """Who teaches whom."""
 
     teacher: str = "resnet34"
-    """The teacher's network: resnet8/20/56/8x4/32x4/18/34/50, mlp-teacher, mlp-64-32, ..."""
+    """resnet8/20/56/8x4/32x4/18/34/50, mlp-64-32."""
     student: str = "resnet18"
-    """The student's network, of the same names."""
+    """A network of the same names."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """A ResNet's first layers: 3x3, or 7x7 and pooling (the paper's, and torchvision's)."""
-    pretrained_teacher: Annotated[str | None, _optional("FILE", "random weights")] = None
-    """Torch weights to start from: .safetensors, .pth or hf:timm/resnet34.tv_in1k."""
-    pretrained_student: Annotated[str | None, _optional("FILE", "random weights")] = None
+    """3x3, or 7x7 and pooling."""
+    pretrained_teacher: Annotated[str | None, _optional("PTH", "random")] = None
+    """.safetensors, .pth, hf:timm/resnet34.tv_in1k."""
+    pretrained_student: Annotated[str | None, _optional("PTH", "random")] = None
     """The same for the student."""
 
 
@@ -58,17 +65,17 @@ class Training:
     """How all three networks are trained."""
 
     protocol: str = "kd2m"
-    """Optimizer and schedule: digits, kd2m (the paper's) or crd (the CIFAR-100 standard)."""
+    """digits, kd2m (paper), crd (longer)."""
     epochs: Annotated[int | None, _optional("INT", "digits 20, kd2m 15, crd 240")] = None
-    """Passes over the training set, in every phase."""
-    batch_size: Annotated[int | None, _optional("INT", "digits and kd2m 128, crd 64")] = None
-    """Examples a step, over all devices together."""
-    per_class: Annotated[int | None, _optional("INT", "batches are drawn freely")] = None
-    """Examples of one class that come together, for conditional metrics on many classes."""
+    """Passes over the data."""
+    batch_size: Annotated[int | None, _optional("INT", "digits, kd2m 128; crd 64")] = None
+    """Examples a step, on all devices."""
+    per_class: Annotated[int | None, _optional("INT", "any")] = None
+    """Examples of a class that come together."""
     precision: Literal["f32", "bf16"] = "f32"
-    """What the networks compute in; parameters, losses and statistics stay float32."""
+    """Losses stay float32."""
     seed: int = 0
-    """Decides initialisation, order and augmentation."""
+    """Of weights, order and augmentation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,41 +83,47 @@ class Run:
     """Where data comes from and results go."""
 
     data_dir: Annotated[str | None, _optional("DIR", "~/tensorflow_datasets")] = None
-    """Folder of tensorflow-datasets; what is missing there is downloaded into it."""
+    """Data, fetched if missing."""
     out: Annotated[str | None, _optional("DIR", "runs/<dataset>-<metric>-<seed>")] = None
     """The run folder."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in --out; start afresh where there is none."""
+    """Continue what is in --out."""
     max_steps: Annotated[int | None, _optional("INT", "no limit")] = None
-    """Cut every phase after so many steps: a smoke run."""
+    """Cut each phase, to try."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """One run by several processes, each started with this command. Slurm, Open MPI and TPU pods
-    are detected; elsewhere give the next three."""
+    """One run by several processes."""
     coordinator: Annotated[str | None, _optional("HOST:PORT", "detected")] = None
-    """Where process 0 listens, with --distributed."""
+    """Where process 0 listens."""
     num_processes: Annotated[int | None, _optional("INT", "detected")] = None
-    """How many processes there are, with --distributed."""
+    """How many there are."""
     process_id: Annotated[int | None, _optional("INT", "detected")] = None
-    """Which of them this is, from 0, with --distributed; 0 writes and prints."""
+    """Which this is, from 0."""
+
+
+# Shown in the first box, with --help; without its docstring, as the others, so that all fits a
+# screen.
+_FIRST = tyro.conf.arg(name="", help="")
+_BOX = tyro.conf.arg(help="")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything that a training main takes."""
 
-    distillation: tyro.conf.OmitArgPrefixes[Distillation] = Distillation()
-    networks: tyro.conf.OmitArgPrefixes[Networks] = Networks()
-    training: tyro.conf.OmitArgPrefixes[Training] = Training()
-    run: tyro.conf.OmitArgPrefixes[Run] = Run()
+    distillation: Annotated[tyro.conf.OmitArgPrefixes[Distillation], _FIRST] = Distillation()
+    networks: Annotated[tyro.conf.OmitArgPrefixes[Networks], _BOX] = Networks()
+    training: Annotated[tyro.conf.OmitArgPrefixes[Training], _BOX] = Training()
+    run: Annotated[tyro.conf.OmitArgPrefixes[Run], _BOX] = Run()
 
 
 @dataclasses.dataclass(frozen=True)
 class CifarSettings(Settings):
     """`Settings`, and which of the two CIFARs."""
 
-    dataset: Annotated[Literal["cifar10", "cifar100"], tyro.conf.arg(help="Which CIFAR.")] = (
-        "cifar10"
-    )
+    dataset: Annotated[
+        Literal["cifar10", "cifar100"],
+        tyro.conf.arg(help="cifar10 or cifar100.", metavar="NAME"),
+    ] = "cifar10"
 
 
 def main(settings: T, run: Callable[[T], object], *, module: str, description: str | None) -> None:
@@ -119,7 +132,7 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
         type(settings),
         default=settings,
         prog=f"python -m {module}",
-        description=description,
+        description=_summary(description or ""),
     )
     _keep_compiled_programs()
     from experiments._common.data import DataError
@@ -135,12 +148,19 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     except Stopped as stopped:
         sys.exit(_fail(f"stopped and saved; {again} continues", stopped.code))
     except NonFiniteLoss as error:
-        sys.exit(_fail(error, 1))
+        advice = "try a smaller --coef, or a --protocol with a smaller learning rate"
+        sys.exit(_fail(f"{error}; {advice}", 1))
     except ProcessLost as lost:
         _fail(f"{lost}; the same command with --resume continues", 1)
         os._exit(1)  # the ordinary end waits for all processes
     except KeyboardInterrupt:
         sys.exit(_fail(f"stopped; {again} continues", 130))
+
+
+def _summary(doc: str) -> str:
+    """The first paragraph of a main's docstring, and its first command."""
+    summary, _, rest = doc.partition("\n\n")
+    return f"{summary}\n    {rest.strip().splitlines()[0]}" if rest else summary
 
 
 def _keep_compiled_programs() -> None:

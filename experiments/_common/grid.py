@@ -16,7 +16,7 @@ from experiments._common.data import DATASETS, Dataset
 from experiments._common.folder import RunFolder, read_metrics
 
 ALONE = "none"
-_MAINS = "the data set's own main"
+_MAINS = "the main's"
 # A metric, or several with a plus, each with its options (jw2:beta=0.5), and lambda after an
 # equals sign of its own.
 _TERM = r"[^:=+]+(?::[^:=+]+=[^:=+]+)*"
@@ -25,40 +25,40 @@ _ITEM = rf"({_TERM}(?:\+{_TERM})*)(?:=(.+))?"
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What all cells have in common. What is left out is as in the data set's own main."""
+    """What all cells have in common. "The main's": as in the data set's own main."""
 
     seeds: int = 5
-    """Seeds 0, 1, ...: each has its own teacher, shared by all metrics."""
+    """Seeds 0, 1, ..., each with its own teacher."""
     teacher: Annotated[str | None, optional("STR", _MAINS)] = None
     """The teacher's network."""
     student: Annotated[str | None, optional("STR", _MAINS)] = None
     """The student's network."""
     stem: Annotated[Literal["cifar", "imagenet"] | None, optional("STR", _MAINS)] = None
-    """A ResNet's first layers: cifar or imagenet."""
-    pretrained_teacher: Annotated[str | None, optional("FILE", "random weights")] = None
+    """ResNets start with: cifar, imagenet."""
+    pretrained_teacher: Annotated[str | None, optional("PTH", "random")] = None
     """Torch weights to start from."""
-    pretrained_student: Annotated[str | None, optional("FILE", "random weights")] = None
+    pretrained_student: Annotated[str | None, optional("PTH", "random")] = None
     """The same for the student."""
     protocol: Annotated[str | None, optional("STR", _MAINS)] = None
     """Optimizer and schedule."""
     epochs: Annotated[int | None, optional("INT", "the protocol's")] = None
-    """Passes over the training set, in every phase."""
+    """Passes over the data."""
     batch_size: Annotated[int | None, optional("INT", "the protocol's")] = None
     """Examples a step."""
-    per_class: Annotated[int | None, optional("INT", "batches are drawn freely")] = None
-    """Examples of one class that come together."""
+    per_class: Annotated[int | None, optional("INT", "any")] = None
+    """Examples of a class that come together."""
     precision: Annotated[Literal["f32", "bf16"] | None, optional("STR", _MAINS)] = None
-    """What the networks compute in."""
+    """Of the networks: f32 or bf16."""
     task_coef: Annotated[float | None, optional("FLOAT", _MAINS)] = None
-    """The weight of the cross-entropy, with a teacher."""
+    """Weight of the cross-entropy, >= 0."""
     train_examples: Annotated[int | None, optional("INT", "all")] = None
-    """Train on the first so many images only; the test set stays whole."""
+    """Train on the first so many images."""
     data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
-    """Folder of tensorflow-datasets; what is missing there is downloaded into it."""
+    """Data, fetched if missing."""
     out: str = "runs/table"
-    """Where cells and results go; finished cells there are reused."""
+    """Cells and results; finished ones are reused."""
     max_steps: Annotated[int | None, optional("INT", "no limit")] = None
-    """Cut every phase after so many steps: a smoke run."""
+    """Cut each phase short: a smoke run."""
 
 
 @dataclasses.dataclass(frozen=True)

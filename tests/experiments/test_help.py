@@ -1,0 +1,69 @@
+"""What the shell shows before anything runs: the list of mains, and each one's --help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import digits
+from experiments.__main__ import NAMES
+from experiments._common import cli
+from kd2m_jax import NonFiniteLoss
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown(module, *flags, width=80):
+    """The lines that a command prints into a terminal of this width."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *flags],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": str(width), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.rstrip().splitlines()
+
+
+def flags(lines):
+    return [line.split()[1].removeprefix("--") for line in lines if line.startswith("│ --")]
+
+
+def test_the_list_has_every_main_on_one_line():
+    lines = shown("experiments")
+    assert [line.split()[0] for line in lines[2:]] == list(NAMES)
+    assert all(len(line) <= 80 for line in lines) and all(len(line) > 40 for line in lines[2:])
+    assert sorted(NAMES) == sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 50), (100, 40)])
+@pytest.mark.parametrize("name", NAMES)
+def test_help_fits_a_screen(name, width, height):
+    lines = shown(f"experiments.{name}", "--help", width=width)
+    assert len(lines) <= height, "\n".join(lines)
+    assert all(len(line) <= width for line in lines[1:])  # the usage is one line for the shell
+    assert f"    python -m experiments.{name}" in "\n".join(lines)
+    told = " ".join(" ".join(line.strip("│ ").split()) for line in lines)
+    assert told.count("(default: ") == len(flags(lines)) > 0
+    if "coef" in flags(lines) and "metric" in flags(lines):
+        assert "jw2:beta=0.5" in told and "nats per unit of the metric" in told
+
+
+def test_flags_come_in_the_order_of_deciding():
+    found = flags(shown("experiments.cifar", "--help"))
+    chosen = ["dataset", "metric", "coef", "teacher", "protocol", "out", "distributed"]
+    assert sorted(chosen, key=found.index) == chosen
+
+
+def test_a_loss_that_is_not_finite_says_what_to_try(monkeypatch, capsys):
+    def run(settings):
+        raise NonFiniteLoss("the loss is not finite at step 3")
+
+    monkeypatch.setattr(sys, "argv", ["digits"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(digits.DEFAULTS, run, module="experiments.digits", description=None)
+    assert stop.value.code == 1
+    assert "at step 3; try a smaller --coef" in capsys.readouterr().err
