@@ -117,6 +117,7 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     """Read the command line over these defaults and run; a mistake is one line and status 2."""
     settings = tyro.cli(
         type(settings),
+        args=[_expanded(argument) for argument in sys.argv[1:]],
         default=settings,
         prog=f"python -m {module}",
         description=description,
@@ -141,6 +142,12 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
         os._exit(1)  # the ordinary end waits for all processes
     except KeyboardInterrupt:
         sys.exit(_fail(f"stopped; {again} continues", 130))
+
+
+def _expanded(argument: str) -> str:
+    """``--flag=~/x`` with the user's home, which a shell expands only after a blank."""
+    flag, equals, value = argument.partition("=")
+    return flag + equals + os.path.expanduser(value)
 
 
 def _keep_compiled_programs() -> None:

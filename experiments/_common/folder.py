@@ -79,7 +79,7 @@ class RunFolder:
             before = json.loads((self.path / "env.json").read_text())
             speed, earlier = before.pop("images_per_second"), before.pop("earlier", [])
             env |= {"images_per_second": speed}
-            if changed := {k: v for k, v in before.items() if env[k] != v}:
+            if changed := {k: v for k, v in before.items() if env.get(k) != v}:
                 earlier = [*earlier, changed]
             if earlier:
                 env |= {"earlier": earlier}
