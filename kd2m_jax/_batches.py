@@ -42,6 +42,8 @@ class Batches:
                     f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
                 )
             self.sample = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+            # What decides the order of the batches, beside the seed.
+            self.settings = {"batch_size": batch_size, "examples": len(x), "per_class": per_class}
         else:
             self._iterable = data
             if per_class is not None:
@@ -54,6 +56,8 @@ class Batches:
                     "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
                 )
             self.sample = jax.ShapeDtypeStruct(np.shape(first), np.asarray(first).dtype)
+            self.settings = {"batches": self.steps_per_epoch}
+        self._check_split(self.sample.shape[0])
 
     @property
     def in_memory(self) -> bool:
@@ -99,13 +103,15 @@ class Batches:
         return jnp.asarray(rng.permutation(np.concatenate(runs)).reshape(-1))
 
     def _split(self, rows: jax.Array, steps: int) -> jax.Array:
-        if len(rows) // steps % self._devices:
-            raise ValueError(
-                f"a batch of {len(rows) // steps} does not split evenly over {self._devices} "
-                "devices"
-            )
+        self._check_split(len(rows) // steps)
         rows = rows.reshape(steps, self._devices, -1)
         return rows if self._here is None else rows[:, self._here]
+
+    def _check_split(self, size: int) -> None:
+        if size % self._devices:
+            raise ValueError(
+                f"a batch of {size} does not split evenly over {self._devices} devices"
+            )
 
 
 def steps_per_epoch(labels, batch_size: int, per_class: int | None) -> int:
@@ -129,10 +135,11 @@ def steps_per_call(device, batches: Batches) -> int:
     """How many steps one call of the program makes.
 
     On an accelerator enough to hide its dispatch: a divisor of the epoch, so that one program
-    does. On the CPU one, for there a convolution's backward pass inside a loop runs 20 to 50
-    times slower (measured: 47 ms a step alone, 1,600 ms in ``lax.scan``).
+    does, or where there is none 20 and a shorter last call. On the CPU one, for there a
+    convolution's backward pass inside a loop runs 20 to 50 times slower (measured: 47 ms a step
+    alone, 1,600 ms in ``lax.scan``).
     """
     steps = batches.steps_per_epoch
     if device.platform == "cpu" or not batches.in_memory or steps is None:
         return 1
-    return max(k for k in range(1, 21) if steps % k == 0)
+    return max((k for k in range(10, 21) if steps % k == 0), default=min(steps, 20))

@@ -3,6 +3,8 @@
 import logging
 import os
 import pathlib
+import time
+import zlib
 from typing import Any
 
 import jax
@@ -22,15 +24,20 @@ class Checkpoints:
     Orbax writes into a temporary folder and renames it when it is whole, so a process killed
     while saving leaves the checkpoint before. Arrays come back to the bit. Of several processes
     the first one writes and reads, and tells the others what it read.
+
+    A reader leaves the folder as it is. A writer too, until it saves: then what it could not read
+    is moved out of orbax's sight, for whoever can repair it.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, *, writing: bool = True):
         if not is_first():
             return
         directory = pathlib.Path(directory).absolute()
+        self._writing, self._unreadable = writing, []
 
         def manager(name, kept):
-            (directory / name).mkdir(parents=True, exist_ok=True)
+            if writing:
+                (directory / name).mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=kept,
                 create=False,
@@ -45,6 +52,11 @@ class Checkpoints:
         """Save a pytree and a JSON-able record as those of a step; and what is best, if new."""
         if not is_first():
             return
+        for manager, unreadable in self._unreadable:
+            path = manager.directory / str(unreadable)
+            path.rename(f"{path}.unreadable-{time.time_ns()}")  # not a name of orbax's
+            manager.reload()
+        self._unreadable = []
         # The best one first: killed in between, a resumed run comes to this epoch again and finds
         # it there already, the same to the bit.
         if best is not None and step not in self._best.all_steps():
@@ -58,7 +70,7 @@ class Checkpoints:
 
         ``like`` is a pytree of the same structure, on the devices where the result is to be. A
         CheckpointError says so if the saved one is another; a damaged one is passed over, which is
-        logged, and removed.
+        logged.
         """
         found = by_first(lambda: self._read(like, best))
         if found is None:
@@ -71,22 +83,31 @@ class Checkpoints:
     def _read(self, like: Any, best: bool) -> tuple[list[np.ndarray], dict] | None:
         manager = self._best if best else self._last
         named = _by_name(like)
-        for step in sorted(manager.all_steps(), reverse=True):
+        steps = sorted(manager.all_steps())
+        while steps:
+            step = steps.pop()
             try:
                 record = manager.restore(step, args=ocp.args.Composite(record=_JSON))["record"]
                 known = record.pop("arrays")
-                same = known == _shapes(named)
+                same = {name: shape for name, (shape, _) in known.items()} == _shapes(named)
                 if same:
                     tree = ocp.args.StandardRestore(named)
                     found = manager.restore(step, args=ocp.args.Composite(tree=tree))["tree"]
+                    # Orbax does not notice a bit that has changed on the disk.
+                    if _sums(found) != {name: sum_ for name, (_, sum_) in known.items()}:
+                        raise ValueError("the arrays are not those that were saved")
             except Exception as error:
+                otherwise = "no earlier one"
+                if self._writing and not best:
+                    otherwise += ": starting from the beginning"
                 logging.getLogger(__name__).warning(
-                    "the checkpoint of step %d in %s cannot be read (%s): the one before is used",
+                    "the checkpoint of step %d in %s cannot be read (%s): %s",
                     step,
                     manager.directory,
                     type(error).__name__,
+                    "the one before is used" if steps else otherwise,
                 )
-                manager.delete(step)
+                self._unreadable.append((manager, step))
                 continue
             if not same:
                 raise CheckpointError(
@@ -104,13 +125,25 @@ class Checkpoints:
             self._best.close()
 
 
+def check_same(old: dict, new: dict, folder) -> None:
+    """CheckpointError for settings that a resumed run may not change."""
+    changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint in {folder} was made with other settings ({', '.join(changed)}): "
+            "resume with its own, or use another folder"
+        )
+
+
 def _arguments(tree: Any, record: dict):
     # Arrays under their place in the tree: a file that says what it holds, and no pytree type of
     # ours or of Flax's inside it.
     named = _by_name(tree)
+    shapes, sums = _shapes(named), _sums(named)
+    arrays = {name: [shapes[name], sums[name]] for name in named}
     return ocp.args.Composite(
         tree=ocp.args.StandardSave(named),
-        record=ocp.args.JsonSave(record | {"arrays": _shapes(named)}),
+        record=ocp.args.JsonSave(record | {"arrays": arrays}),
     )
 
 
@@ -135,3 +168,7 @@ def _unpack(new, old):
 
 def _shapes(named: dict[str, np.ndarray]) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in named.items()}
+
+
+def _sums(named: dict[str, np.ndarray]) -> dict[str, int]:
+    return {name: zlib.crc32(x.tobytes()) for name, x in named.items()}

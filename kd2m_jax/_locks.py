@@ -14,7 +14,7 @@ except ImportError:  # Windows has no such locks
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder that another process writes, or that is of another run.
+    """A checkpoint folder that is another process's or another run's, or cannot be written.
 
     `fit` raises it before the first step; nothing in the folder is changed.
 
@@ -43,10 +43,16 @@ def locked(file: pathlib.Path, *, waiting: Callable[[str], object] | None = None
     """Hold a folder by a file in it; the lock ends with the process, however it ends.
 
     While another process holds it: CheckpointError, or, with ``waiting``, that is called with a
-    sentence and the other is waited for.
+    sentence and the other is waited for. CheckpointError too if the folder cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+") as handle:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a+")
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.parent} cannot be written ({error.strerror or error}): use another folder"
+        ) from error
+    with handle:
         if fcntl is not None:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

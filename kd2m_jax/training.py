@@ -1,6 +1,7 @@
 """Distillation with your own model, teacher and data: fit()."""
 
 import contextlib
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -96,7 +97,9 @@ def fit(
       student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
         returns `Outputs` or ``(features, logits)``.
       data: ``(x, labels)`` arrays (``x [n, ...]`` of any dtype, labels ``[n]`` integers), or an
-        iterable of such batches that can be iterated once an epoch.
+        iterable of such batches that can be iterated once an epoch. One that never ends is one
+        endless epoch: give ``max_steps``. Without a ``len`` the default learning rate is constant,
+        unless ``max_steps`` says where it ends.
       teacher: the frozen network, or None.
       teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
         an NNX module brings its own.
@@ -133,8 +136,9 @@ def fit(
     Raises:
       ValueError: lists of unequal lengths, epochs or batch_size below 1, a batch larger than the
         data or not divisible by the number of devices, a teacher without a metric or the reverse;
-        CheckpointError, which is one, for a checkpoint of another network or a folder in use by
-        another process.
+        CheckpointError, which is one, for a checkpoint of another network or made with another
+        seed, batch size, number of examples, metric or coef, and for a folder that cannot be
+        written or is in use by another process.
       TypeError: a model that is none of the three kinds.
       NonFiniteLoss: the loss became NaN or infinite; names the step.
       Stopped: with a checkpoint folder, on SIGTERM: the step is finished and saved first. A
@@ -177,6 +181,7 @@ def fit(
     if teacher is not None:
         teacher_variables = place(variables_of(teacher, teacher_variables))
     batches = Batches(data, batch_size, seed, len(devices), per_class, place, here)
+    settings = _settings(batches, seed, metrics_of, coefs)
     total = _total_steps(batches, epochs, max_steps)
     if optimizer is None:
         schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
@@ -202,12 +207,12 @@ def fit(
         for i in range(len(networks))
     ]
 
-    checkpoints, epoch, position = None, 0, 0
+    checkpoints, epoch, position, forgotten = None, 0, 0, False
     best_variables = [state.variables for state in states]
     with contextlib.ExitStack() as stack:
         stopping = lambda: False  # noqa: E731
         if checkpoint_dir is not None:
-            from kd2m_jax._checkpoints import Checkpoints  # orbax takes a second to import
+            from kd2m_jax._checkpoints import Checkpoints, check_same  # orbax takes a second
 
             lock = locked(pathlib.Path(checkpoint_dir) / ".lock")
             stack.enter_context(held_by_first(lock))
@@ -217,22 +222,30 @@ def fit(
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(checkpoint_dir)))
             if found := checkpoints.restore(states):
                 states, saved = found
+                check_same(saved["settings"], settings, checkpoint_dir)
                 epoch, position = saved["epoch"], saved["position"]
                 for log, old in zip(logs, saved["logs"], strict=True):
                     log.replay(old)
                 # Of an epoch that this run has yet to do it holds what that will give again.
-                if found := checkpoints.restore(best_variables, best=True):
-                    best_variables = found[0]
+                found = checkpoints.restore(best_variables, best=True)
+                best_variables = found[0] if found else [state.variables for state in states]
+                forgotten = found is None
         done = int(states[0].step)
-        best = [
-            max((r.get("test_accuracy", -1.0) for r in log.history), default=-1.0) for log in logs
-        ]
+        tests = [[r["test_accuracy"] for r in log.history if "test_accuracy" in r] for log in logs]
+        if forgotten and any(tests):
+            logging.getLogger(__name__).warning(
+                "the best checkpoint in %s is lost: the best from step %d on is kept instead",
+                checkpoint_dir,
+                done,
+            )
+        best = [-1.0 if forgotten else max(of_one, default=-1.0) for of_one in tests]
 
         def save(improved):
             if checkpoints:
                 where = {
                     "epoch": epoch,
                     "position": position,
+                    "settings": settings,
                     "logs": [log.state() for log in logs],
                 }
                 checkpoints.save(done, states, where, best=best_variables if improved else None)
@@ -243,12 +256,13 @@ def fit(
                 whole = max_steps is None or done < max_steps
                 if not whole:
                     break
-                for log in logs:
-                    if log.waiting >= log_every:  # an epoch's last steps wait for its evaluation
-                        log.emit({})
                 states, metrics = step(states, teacher_variables, rows, arrays)
                 done, position = done + len(rows), position + len(rows)
                 for log, values in zip(logs, metrics, strict=True):
+                    # Of the calls before, while this one runs; an epoch's last steps wait for its
+                    # evaluation.
+                    if log.waiting >= log_every:
+                        log.emit({})
                     log.add(done, epoch + 1, values)
                 if stopping():
                     for log in logs:
@@ -290,6 +304,15 @@ def _population(*given) -> tuple[list[list], bool]:
 
 def _numbered(callback, number: int):
     return lambda record: callback(record | {"student": number})
+
+
+def _settings(batches: Batches, seed: int, metrics, coefs) -> dict:
+    """What a resumed run keeps, but for networks and optimizer, whose arrays tell them apart."""
+    settings = {"seed": seed, **batches.settings}
+    settings["metric"] = [str(getattr(m, "label", m)).replace("_", "-") for m in metrics]
+    if not any(map(callable, coefs)):  # a schedule cannot be compared
+        settings["coef"] = [c if isinstance(c, str) else float(c) for c in coefs]
+    return settings
 
 
 def variables_of(model: Model, variables: Any) -> Any:

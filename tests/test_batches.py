@@ -1,5 +1,8 @@
 """What fit() makes of other people's data: loaders, lists, and how often it compiles."""
 
+import itertools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,8 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import fit, from_nnx, init_state, make_train_step, models
+from kd2m_jax import fit, from_nnx, init_state, make_train_step, models, training
+from kd2m_jax._batches import Batches, steps_per_call
 
 N, D = 96, 10
 
@@ -102,3 +106,66 @@ def test_data_that_is_no_batch_is_named(batches):
         fit(mlp(1), batches, epochs=1)
     with pytest.raises(ValueError, match="data gave no batch"):
         fit(mlp(1), [], epochs=1)
+
+
+class Endless:
+    """A loader that never stops, and so has no length."""
+
+    def __iter__(self):
+        x, labels = data()
+        return itertools.cycle([(x[:16], labels[:16]), (x[16:32], labels[16:32])])
+
+
+def test_an_endless_loader_ends_with_max_steps_and_its_learning_rate_too():
+    history = fit(mlp(1), Endless(), max_steps=5, log_every=1, eval_data=data(1)).history
+    assert [(r["step"], r["epoch"], r["steps"]) for r in history] == [
+        (k, 1, 5) for k in range(1, 6)
+    ]
+    assert "test_accuracy" in history[-1]
+
+
+def test_a_first_batch_that_does_not_split_is_named_before_anything_is_compiled():
+    x, labels = data()
+
+    def preprocess(x, keys):
+        raise AssertionError("traced")
+
+    for given in ([(x[:10], labels[:10])], (x, labels)):
+        with pytest.raises(ValueError, match="a batch of 10 does not split evenly over 4 devices"):
+            fit(mlp(1), given, batch_size=10, preprocess=preprocess)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(1, 1), (7, 7), (390, 15), (937, 20), (20, 20), (23, 20), (781, 11)]
+)
+def test_an_accelerator_makes_many_steps_a_call_and_a_shorter_last_one(steps, expected):
+    batches = Batches((np.zeros((steps * 4, 1)), np.zeros(steps * 4, int)), 4, seed=0, devices=1)
+    on = {name: types.SimpleNamespace(platform=name) for name in ("cpu", "gpu", "tpu")}
+    assert steps_per_call(on["cpu"], batches) == 1
+    assert steps_per_call(on["gpu"], batches) == steps_per_call(on["tpu"], batches) == expected
+    calls = [len(rows) for rows, _ in batches.epoch(0, expected)]
+    assert sum(calls) == steps and set(calls[:-1]) <= {expected} and calls[-1] <= expected
+    x, labels = data()
+    listed = Batches([(x[:16], labels[:16])] * 12, 16, seed=0, devices=1)
+    assert steps_per_call(on["gpu"], listed) == 1
+
+
+def test_a_call_is_under_way_while_the_one_before_is_recorded(monkeypatch):
+    """Or the device would wait for the callbacks of each call that has log_every steps."""
+    events, mapped = [], training._mapped
+
+    def watched(*arguments):
+        step = mapped(*arguments)
+
+        def call(states, teacher_variables, rows, arrays):
+            events.append(f"call of {len(rows)}")
+            return step(states, teacher_variables, rows, arrays)
+
+        return call
+
+    monkeypatch.setattr(training, "_mapped", watched)
+    monkeypatch.setattr(training, "steps_per_call", lambda device, batches: 4)
+    told = [lambda record: events.append(f"record {record['step']}")]
+    x, labels = data()
+    fit(mlp(1), (x[:80], labels[:80]), epochs=1, batch_size=8, log_every=4, callbacks=told)
+    assert events == ["call of 4", "call of 4", "record 4", "call of 2", "record 8", "record 10"]

@@ -1,7 +1,9 @@
 """Runs that are stopped, killed, doubled or damaged lose nothing and end with the same bits."""
 
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import threading
 
@@ -14,6 +16,7 @@ from clouds import draw
 from flax import nnx
 
 from kd2m_jax import CheckpointError, Stopped, fit, models
+from kd2m_jax._checkpoints import Checkpoints
 from kd2m_jax._locks import locked
 
 N, D = 96, 10
@@ -35,7 +38,8 @@ def mlp(seed, width=8):
 def run(**options):
     """Four epochs of six steps."""
     defaults = {"epochs": 4, "batch_size": 16, "eval_data": data(1), "seed": 5, "log_every": 1}
-    return fit(mlp(1), data(), teacher=mlp(0, 32), metric="cw2", coef=0.01, **defaults | options)
+    defaults |= {"data": data(), "teacher": mlp(0, 32), "metric": "cw2", "coef": 0.01}
+    return fit(mlp(1), **defaults | options)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,10 @@ def at(step, act):
             act()
 
     return callback
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
 
 
 def kill():
@@ -89,6 +97,43 @@ def test_a_run_cut_by_max_steps_goes_on_in_the_middle_of_its_epoch(whole, tmp_pa
     chex.assert_trees_all_equal(resumed.state.params, straight.state.params)
 
 
+def test_a_list_of_batches_is_taken_up_in_the_middle_of_an_epoch(tmp_path):
+    x, labels = data()
+    batches = [(x[i : i + 16], labels[i : i + 16]) for i in range(0, N, 16)]
+    whole = run(data=batches, epochs=2)
+    with pytest.raises(Stopped):
+        run(data=batches, epochs=2, checkpoint_dir=tmp_path, callbacks=[at(8, terminate)])
+    assert max(map(int, names(tmp_path / "last"))) == 9
+    assert_same(run(data=batches, epochs=2, checkpoint_dir=tmp_path), whole)
+
+
+def test_batch_statistics_and_augmentation_are_taken_up_too(tmp_path):
+    """Within an epoch: the statistics so far, and the keys that the next steps draw from."""
+    images = np.random.default_rng(0).normal(size=(32, 8, 8, 1)).astype(np.float32)
+    labels = np.arange(32, dtype=np.int32) % 3
+
+    def jitter(x, keys):
+        if keys is None:
+            return x
+        return x + jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+
+    def resnet(**options):
+        student = models.resnet8(3, in_channels=1, rngs=nnx.Rngs(0))
+        options |= {"eval_data": (images, labels), "optimizer": optax.sgd(0.1), "log_every": 1}
+        options |= {"epochs": 2, "batch_size": 8, "devices": jax.devices()[:1]}
+        return fit(student, (images, labels), preprocess=jitter, **options)
+
+    whole = resnet()
+    with pytest.raises(Stopped):
+        resnet(checkpoint_dir=tmp_path, callbacks=[at(5, terminate)])
+    assert max(map(int, names(tmp_path / "last"))) == 6  # of 8, 4 an epoch
+    resumed = resnet(checkpoint_dir=tmp_path)
+    assert_same(resumed, whole)
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(np.asarray, r.state.state) for r in (resumed, whole))
+    )
+
+
 def test_another_process_on_the_same_folder_is_refused(tmp_path):
     with (
         locked(tmp_path / ".lock"),
@@ -114,17 +159,102 @@ def test_a_lock_can_be_waited_for(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(whole, tmp_path, caplog):
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def truncate(folder):
+    for file in files_of(folder):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(folder):
+    """In the middle of the largest file, which holds the arrays."""
+    file = max(files_of(folder), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_a_damaged_checkpoint_is_passed_over_aloud(damage, whole, tmp_path, caplog):
     with pytest.raises(Killed):
         run(checkpoint_dir=tmp_path, callbacks=[at(14, kill)])
     assert {path.name for path in (tmp_path / "last").iterdir()} == {"6", "12"}
-    for file in (tmp_path / "last" / "12").rglob("*"):
-        if file.is_file():
-            os.truncate(file, file.stat().st_size // 2)
+    damage(tmp_path / "last" / "12")
     with caplog.at_level(logging.WARNING, logger="kd2m_jax"):
         resumed = run(checkpoint_dir=tmp_path)
     assert "the checkpoint of step 12" in caplog.text and "the one before is used" in caplog.text
     assert_same(resumed, whole)
+    # It is not ours to delete.
+    (aside,) = (tmp_path / "last").glob("12.unreadable-*")
+    assert files_of(aside) and {"18", "24", aside.name} == names(tmp_path / "last")
+
+
+def test_without_a_checkpoint_that_can_be_read_a_run_begins_again_aloud(whole, tmp_path, caplog):
+    with pytest.raises(Killed):
+        run(checkpoint_dir=tmp_path, callbacks=[at(8, kill)])
+    (tmp_path / "last" / "6" / "record" / "metadata").write_text("{}")
+    with caplog.at_level(logging.WARNING, logger="kd2m_jax"):
+        assert_same(run(checkpoint_dir=tmp_path), whole)
+    assert "no earlier one: starting from the beginning" in caplog.text
+
+
+def test_reading_leaves_a_damaged_folder_as_it_is(tmp_path, caplog):
+    run(checkpoint_dir=tmp_path, epochs=1)
+    truncate(tmp_path / "last" / "6")
+    shutil.rmtree(tmp_path / "best")
+    before = {path: path.read_bytes() for path in files_of(tmp_path)}
+    with (
+        contextlib.closing(Checkpoints(tmp_path, writing=False)) as reader,
+        caplog.at_level(logging.WARNING, logger="kd2m_jax"),
+    ):
+        assert reader.restore({"x": np.zeros(2)}) is None
+        assert reader.restore({"x": np.zeros(2)}, best=True) is None
+    assert "no earlier one" in caplog.text and "from the beginning" not in caplog.text
+    assert {path: path.read_bytes() for path in files_of(tmp_path)} == before
+    assert names(tmp_path) == {".lock", "last"}
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_a_lost_best_checkpoint_gives_way_to_the_best_from_there_on(epochs, tmp_path, caplog):
+    """Better not trained on than taken for the best: the evaluation data are the training data."""
+    options = {"eval_data": data(), "optimizer": optax.sgd(0.02)}
+    first = run(checkpoint_dir=tmp_path, epochs=2, **options)
+    truncate(next(iter((tmp_path / "best").iterdir())))
+    with caplog.at_level(logging.WARNING, logger="kd2m_jax"):
+        resumed = run(checkpoint_dir=tmp_path, epochs=epochs, **options)
+    assert "is lost: the best from step 12 on is kept instead" in caplog.text
+    if epochs == 2:  # nothing left to do: the last one stands in
+        found, expected = resumed.best, first.student
+    else:
+        tests = [r["test_accuracy"] for r in resumed.history if "test_accuracy" in r]
+        x, labels = data()
+        accuracy = (np.asarray(resumed.best(x).logits).argmax(1) == labels).mean()
+        assert accuracy == pytest.approx(max(tests[2:]))
+        return
+    one, other = (nnx.to_pure_dict(nnx.state(model)) for model in (found, expected))
+    chex.assert_trees_all_equal(*(jax.tree.map(np.asarray, t) for t in (one, other)))
+
+
+OTHER = [
+    ({"seed": 6}, "seed 5 -> 6"),
+    ({"batch_size": 24}, "batch_size 16 -> 24"),
+    ({"per_class": 2}, "per_class None -> 2"),
+    ({"metric": "w2"}, r"metric \['cw2'\] -> \['w2'\]"),
+    ({"coef": 0.1}, r"coef \[0.01\] -> \[0.1\]"),
+]
+
+
+def test_resuming_with_other_settings_says_which(tmp_path):
+    run(checkpoint_dir=tmp_path, epochs=1)
+    for options, message in OTHER:
+        with pytest.raises(CheckpointError, match=f"made with other settings .{message}.: resume"):
+            run(checkpoint_dir=tmp_path, **options)
+    x, labels = data()
+    with pytest.raises(CheckpointError, match="examples 96 -> 80"):
+        run(checkpoint_dir=tmp_path, data=(x[:80], labels[:80]))
+    assert run(checkpoint_dir=tmp_path, epochs=2).history[-1]["step"] == 12
 
 
 @pytest.mark.parametrize("folder", ["best", "last"])

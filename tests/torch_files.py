@@ -13,6 +13,7 @@ from kd2m_jax import models
 NETS = {
     "basic": (models.BasicBlock, (2, 1), (8, 8, 12)),
     "bottleneck": (models.Bottleneck, (1, 2), (8, 4, 6)),
+    "resnet8": (models.BasicBlock, (1, 1, 1), (16, 16, 32, 64)),
     "resnet18": (models.BasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512)),
 }
 

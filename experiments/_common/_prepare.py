@@ -25,6 +25,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from experiments._common.data import DataError, Spec, reading
+from kd2m_jax._locks import CheckpointError, locked
 
 # Seconds that a server may take to answer before it counts as out of reach.
 PATIENCE = 15
@@ -49,7 +50,9 @@ def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
     # tfds prints what it does: the standard output belongs to the experiment.
     prints = sys.stderr if progress else io.StringIO()
     try:
-        with contextlib.redirect_stdout(prints):
+        # Where several begin at once the first one prepares, and tfds lets the others pass.
+        lock = locked(root / spec.source / ".lock", waiting=print)
+        with contextlib.redirect_stdout(prints), lock:
             builder.download_and_prepare(download_config=config)
     except NonMatchingChecksumError as error:
         # Its first line names the address and the file, the rest holds both checksums.
@@ -57,7 +60,7 @@ def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
         raise DataError(f"{wrong}.\nDelete the file and run the same command again.") from error
     except (requests.RequestException, ConnectionError, tfds.download.DownloadError) as error:
         raise DataError(_how_to_get(spec, root, error)) from error
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         raise DataError(
             f"{spec.source} is not in {root}, and cannot be written there: {error}\n"
             "Name another folder with --data-dir.\n"
@@ -219,3 +222,4 @@ def _open_url(url, **kwargs):
 # For good, not while `prepare` runs: it fails with the first download that does, and the others,
 # in threads of their own which Python waits for at its exit, may not have come this far.
 downloader._open_url = _open_url
+downloader.MAX_RETRIES = 1

@@ -130,6 +130,7 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     """Read the command line over these defaults and run; a mistake is one line and status 2."""
     settings = tyro.cli(
         type(settings),
+        args=[_expanded(argument) for argument in sys.argv[1:]],
         default=settings,
         prog=f"python -m {module}",
         description=_summary(description or ""),
@@ -161,6 +162,12 @@ def _summary(doc: str) -> str:
     """The first paragraph of a main's docstring, and its first command."""
     summary, _, rest = doc.partition("\n\n")
     return f"{summary}\n    {rest.strip().splitlines()[0]}" if rest else summary
+
+
+def _expanded(argument: str) -> str:
+    """``--flag=~/x`` with the user's home, which a shell expands only after a blank."""
+    flag, equals, value = argument.partition("=")
+    return flag + equals + os.path.expanduser(value)
 
 
 def _keep_compiled_programs() -> None:

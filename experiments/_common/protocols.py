@@ -36,7 +36,10 @@ def _kd2m(epochs: int, steps_per_epoch: int):
 
 def _crd(epochs: int, steps_per_epoch: int):
     # 150, 180 and 210 of 240 epochs; in proportion for another number of them.
-    drops = {round(f * epochs / 240) * steps_per_epoch: 0.1 for f in (150, 180, 210)}
+    drops: dict[int, float] = {}
+    for f in (150, 180, 210):
+        step = round(f * epochs / 240) * steps_per_epoch
+        drops[step] = 0.1 * drops.get(step, 1.0)  # of few epochs two drops fall on one step
     schedule = optax.piecewise_constant_schedule(0.05, drops)
     return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9))
 

@@ -112,10 +112,11 @@ def _curves(path: pathlib.Path) -> None:
     panels = [("test_accuracy", "test accuracy (%)"), ("task_loss", "cross-entropy (nats)")]
     if any("distillation_loss" in r for r in lines):
         panels.append(("distillation_loss", f"{config['metric']} to the teacher"))
+    phases = {phase: _with_epochs([r for r in lines if r["phase"] == phase]) for phase in COLOURS}
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for phase, colour in COLOURS.items():
-            points = [(_epoch(r, lines), r[key]) for r in lines if r["phase"] == phase and key in r]
+            points = [(epoch, r[key]) for epoch, r in phases[phase] if key in r]
             if points:
                 x, y = zip(*points, strict=True)
                 if key == "test_accuracy":
@@ -133,7 +134,7 @@ def _curves(path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def _epoch(record: dict, lines: list[dict]) -> float:
-    """How many epochs were done at a record, in fractions."""
-    ends = [r["step"] for r in lines if r["phase"] == record["phase"] and "test_accuracy" in r]
-    return record["step"] / ends[0] if ends and ends[0] else record["epoch"]
+def _with_epochs(records: list[dict]) -> list[tuple[float, dict]]:
+    """A phase's records, each with how many epochs were done at it, in fractions."""
+    per_epoch = next((r["step"] for r in records if "test_accuracy" in r), 0)
+    return [(r["step"] / per_epoch if per_epoch else r["epoch"], r) for r in records]

@@ -88,7 +88,7 @@ def last(model, folder: pathlib.Path, config: dict, dataset: Dataset) -> nnx.Mod
     network = as_network(model)
     x = jnp.zeros((1, *dataset.train[0].shape[1:]))
     optimizer = PROTOCOLS[config["protocol"]].optimizer(config["epochs"], 1)
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    with contextlib.closing(Checkpoints(folder, writing=False)) as checkpoints:
         # A list, for `fit` saves a population, of one here.
         found = checkpoints.restore([init_state(network, optimizer, x, key=jax.random.key(0))])
     if found is None:

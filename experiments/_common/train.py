@@ -105,7 +105,7 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
 
 _TEACHERS = ("dataset", "data_sha256", "teacher", "stem", "pretrained_teacher", "teacher_sha256")
 _TEACHERS += ("protocol", "optimizer", "epochs", "batch_size", "per_class", "precision", "seed")
-_TEACHERS += ("max_steps",)
+_TEACHERS += ("max_steps", "preprocessing")
 
 
 def teacher_name(config: dict) -> str:
@@ -119,10 +119,12 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
     """Everything that decides the result, flat, as config.json has it."""
     d, n, t = settings.distillation, settings.networks, settings.training
     protocol = PROTOCOLS[t.protocol]
+    moments = f"mean {dataset.mean}, std {dataset.std}"
     return {
         "dataset": dataset.name,
         "data_sha256": data_sha256(dataset),
         "train_examples": len(dataset.train[0]),
+        "preprocessing": f"{moments}, crop {dataset.crop_padding}, flip {dataset.flip}",
         "metric": spelled(d.metric),
         "coef": list(coefficients(d)),
         "task_coef": d.task_coef,

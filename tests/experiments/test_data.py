@@ -1,5 +1,6 @@
 """The data layer: preparation, reading, and what it says when either fails."""
 
+import concurrent.futures
 import contextlib
 import functools
 import http.server
@@ -21,6 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.core.download import downloader
 
 from experiments._common import _prepare, data
+from kd2m_jax._locks import locked
 
 
 def configure(monkeypatch, **options):
@@ -177,6 +179,26 @@ def test_killed_preparation_leaves_nothing_that_looks_complete(tmp_path, monkeyp
     assert as_set(*data.load("mnist", killed, progress=False).train) == as_set(*splits["train"])
 
 
+def test_one_prepares_while_another_waits(tmp_path, monkeypatch, capfd):
+    """What is there once the other has finished is not prepared again: the archives are gone."""
+    splits = fake_archives("mnist", tmp_path / "other/downloads/manual")
+    register(monkeypatch, "mnist", tmp_path / "other/downloads/manual")
+    data.load("mnist", tmp_path / "other", progress=False)
+    shutil.rmtree(tmp_path / "other/downloads")
+    capfd.readouterr()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / "mnist/.lock"):
+            loading, said = pool.submit(data.load, "mnist", tmp_path), ""
+            end = time.monotonic() + 60
+            while "is in use by another process" not in said:
+                assert not loading.done() and time.monotonic() < end, said
+                time.sleep(0.01)
+                said += capfd.readouterr().err
+            for version in (tmp_path / "other/mnist").glob("[0-9]*"):
+                version.rename(tmp_path / "mnist" / version.name)
+        assert as_set(*loading.result().train) == as_set(*splits["train"])
+
+
 def test_offline_fails_fast_and_says_what_to_do(tmp_path, monkeypatch):
     manual = tmp_path / "downloads/manual"
     fake_archives("svhn", manual)
@@ -214,6 +236,10 @@ def test_no_download_is_left_trying(tmp_path, monkeypatch):
     queue = downloader.get_downloader(max_simultaneous_downloads=1)._executor
     queue.submit(lambda: None).result(timeout=30)  # behind the others
     assert tried == []
+
+
+def test_a_download_that_breaks_off_is_not_tried_for_minutes():
+    assert downloader.MAX_RETRIES == 1
 
 
 def test_folder_that_cannot_be_written(tmp_path):

@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import chex
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from matplotlib import get_cachedir
+from torch_files import pickled_state, torch_state, write_pth, write_safetensors
 
 from experiments import digits
 from experiments._common import cli, report, train
@@ -34,9 +37,9 @@ def environment():
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
-def digits_run(out, *flags):
+def digits_run(out, *flags, env=None):
     return subprocess.run(
-        command(out, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True
+        command(out, *flags), cwd=ROOT, env=env or environment(), capture_output=True, text=True
     )
 
 
@@ -48,8 +51,12 @@ def in_process(monkeypatch, *flags):
 def test_the_readme_command_leaves_its_folder(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    done = digits_run(tmp_path / "run", "--metric=jw2", "--max-steps=12")
+    # The programs in a user's own cache, matplotlib's fonts where they are.
+    env = environment() | {"XDG_CACHE_HOME": str(tmp_path), "MPLCONFIGDIR": get_cachedir()}
+    del env["JAX_COMPILATION_CACHE_DIR"]
+    done = digits_run(tmp_path / "run", "--metric=jw2", "--max-steps=12", env=env)
     assert done.returncode == 0, done.stderr
+    assert any((tmp_path / "kd2m_jax").iterdir())
     for word in ("teacher", "student alone", "distilled student", "resnet8", "mlp-32-64", "%"):
         assert word in done.stdout
     assert "images/s" in done.stderr  # the progress bar
@@ -100,12 +107,13 @@ def start(out, *flags):
     )
 
 
-def stop_when(process, reached, how):
-    """Send a signal as soon as something is true; returns the exit status and the messages."""
+def stop_when(process, reached, how, after=0.0):
+    """Send a signal so many seconds after something is true; the exit status and the messages."""
     end = time.monotonic() + 120
     while process.poll() is None and not reached():
         assert time.monotonic() < end, "the run does not get there"
         time.sleep(0.001)
+    time.sleep(after)
     process.send_signal(how)
     errors = process.communicate(timeout=60)[1]
     return process.returncode, errors
@@ -141,11 +149,12 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_pat
         """Somewhere a checkpoint is being written."""
         return any((tmp_path / "cut").glob("**/*.orbax-checkpoint-tmp*"))
 
-    # Three times after a random number of lines, then in the middle of a write, then politely.
+    # Three times a random while after a random number of lines, for a line alone is an epoch's
+    # end, or near it; then in the middle of a write, then politely.
     moments = sorted(rng.sample(range(1, total), 3))
     for lines in moments:
-        process = start(out, "--resume", *flags)
-        status, _ = stop_when(process, lambda n=lines: lines_of(out) >= n, signal.SIGKILL)
+        process, after = start(out, "--resume", *flags), rng.uniform(0, 1)
+        status, _ = stop_when(process, lambda n=lines: lines_of(out) >= n, signal.SIGKILL, after)
         assert status in (0, -signal.SIGKILL)
     shutil.rmtree(out / "checkpoints" / "distilled", ignore_errors=True)  # so one is to come
     status, _ = stop_when(start(out, "--resume", *flags), writing, signal.SIGKILL)
@@ -167,6 +176,53 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_pat
         chex.assert_trees_all_equal(arrays_of(found), arrays_of(expected))
 
 
+@pytest.mark.parametrize("denied", [".lock", ".training"])
+def test_a_folder_that_cannot_be_written_is_one_line(denied, monkeypatch, capsys, tmp_path):
+    """The run folder, and the teachers' beside it; for root no folder is closed, so as if."""
+    opened = Path.open
+
+    def open_(path, *arguments, **options):
+        if path.name == denied:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *SMALL)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    folder = tmp_path / ("run" if denied == ".lock" else "teachers")
+    assert error.startswith(f"error: {folder}") and "cannot be written (Permission denied)" in error
+
+
+def save_with_torch(path, state):
+    torch = pytest.importorskip("torch")
+    torch.save({name: torch.from_numpy(np.array(array)) for name, array in state.items()}, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", [lambda path, s: write_pth(path, *pickled_state(s)),
+                                  save_with_torch])  # fmt: skip
+def test_pretrained_weights_are_where_both_networks_begin(save, monkeypatch, tmp_path):
+    one = torch_state("resnet8", num_classes=10, in_channels=1)
+    states = {"one": one, "two": one | {"layer3.0.bn2.bias": 1 + one["layer3.0.bn2.bias"]}}
+    for name, state in states.items():
+        write_safetensors(tmp_path / f"{name}.safetensors", state)
+        save(tmp_path / f"{name}.pth", state)
+    losses = {}
+    for teacher, student in (("one", "two"), ("two", "one")):
+        files = [f"--pretrained-teacher={tmp_path / teacher}.safetensors",
+                 f"--pretrained-student={tmp_path / student}.pth"]  # fmt: skip
+        flags = ["--teacher=resnet8", "--student=resnet8", "--metric=none", "--max-steps=1"]
+        in_process(monkeypatch, f"--out={tmp_path / teacher}", *flags, *files)
+        for line in read_metrics(tmp_path / teacher):
+            losses[line["phase"], teacher if line["phase"] == "teacher" else student] = line["loss"]
+    # Step 1 is a matter of the weights alone: the batch is the same in all phases.
+    assert losses["teacher", "one"] == losses["student", "one"]
+    assert losses["teacher", "two"] == losses["student", "two"]
+    assert abs(losses["teacher", "one"] - losses["teacher", "two"]) > 0.01
+
+
 def test_a_second_run_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_path):
     with locked(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stop:
         in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *SMALL)
@@ -182,6 +238,10 @@ def test_teachers_are_told_apart_by_all_that_made_them():
     name = train.teacher_name(ours)
     others = [
         train.configuration(settings, dataclasses.replace(data, train=data.test)),
+        *(
+            train.configuration(settings, dataclasses.replace(data, **change))
+            for change in ({"mean": (5.0,)}, {"std": (5.0,)}, {"crop_padding": 1}, {"flip": True})
+        ),
         *(ours | change for change in ({"optimizer": "SGD 0.2"}, {"seed": 1}, {"epochs": 21})),
         *(ours | change for change in ({"teacher_sha256": "0"}, {"precision": "bf16"})),
     ]
