@@ -14,7 +14,9 @@ T = TypeVar("T")
 
 _LONGEST_WAIT_S = 24 * 3600  # for a folder that another run holds; a dead process is noticed before
 _DEAD_AFTER_S = 30  # without a heartbeat
-_numbers = itertools.count()  # every process counts alike: all make the same calls in one order
+# Every process counts alike: all make the same calls in one order. JAX answers yes to one number
+# alone, the one after the last that any process had asked with, so questions count for themselves.
+_meetings, _questions = itertools.count(), itertools.count(1)
 
 
 class ProcessLost(RuntimeError):
@@ -63,6 +65,24 @@ def by_first(function: Callable[[], T]) -> T:
     return result
 
 
+def after_first(function: Callable[[], T]) -> T:
+    """Call in process 0, then in the others, which find on disk what it made there."""
+    made: list[T] = []
+    by_first(lambda: made.append(function()))
+    return made[0] if made else function()
+
+
+def gathered(text: str) -> list[str]:
+    """Every process's text, in every process."""
+    if jax.process_count() == 1:
+        return [text]
+    _meet()
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = multihost_utils.process_allgather(np.pad(data, (0, max(sizes) - len(data))))
+    return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
+
+
 @contextlib.contextmanager
 def held_by_first(context: contextlib.AbstractContextManager[T]):
     """Enter and leave a context in process 0 alone; its (picklable) value in all of them."""
@@ -72,22 +92,26 @@ def held_by_first(context: contextlib.AbstractContextManager[T]):
 
 def _broadcast(data: bytes) -> bytes:
     """Process 0's bytes."""
-    from orbax.checkpoint import multihost  # takes a second to import
-
-    # First wait without a collective: on the CPU those give up after 30 seconds.
-    multihost.sync_global_processes(
-        f"kd2m_jax-{next(_numbers)}",
-        timeout=_LONGEST_WAIT_S,
-        processes=set(range(jax.process_count())),
-    )
+    _meet()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     mine = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
     return multihost_utils.broadcast_one_to_all(mine).tobytes()
 
 
+def _meet() -> None:
+    """Wait for the others without a collective: on the CPU those give up after 30 seconds."""
+    from orbax.checkpoint import multihost  # takes a second to import
+
+    multihost.sync_global_processes(
+        f"kd2m_jax-{next(_meetings)}",
+        timeout=_LONGEST_WAIT_S,
+        processes=set(range(jax.process_count())),
+    )
+
+
 def asked_to_stop() -> bool:
     """Whether SIGTERM has come to any process: true in all of them at the same call."""
-    return multihost_utils.reached_preemption_sync_point(next(_numbers))
+    return multihost_utils.reached_preemption_sync_point(next(_questions))
 
 
 def summed(sums: dict[str, float]) -> dict[str, float]:

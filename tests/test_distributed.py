@@ -31,12 +31,12 @@ def start(out, devices, *flags):
     )
 
 
-def start_two(out, *flags):
+def start_two(out, *flags, each=((), ())):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = f"--coordinator=localhost:{free.getsockname()[1]}"
     together = ("--distributed", where, "--num-processes=2")
-    return [start(out, 2, *together, f"--process-id={i}", *flags) for i in range(2)]
+    return [start(out, 2, *together, f"--process-id={i}", *flags, *each[i]) for i in range(2)]
 
 
 def finish(processes, timeout=240):
@@ -103,10 +103,36 @@ def test_one_that_ends_stops_the_other_and_resume_goes_on(
     for (status, *_), expected in zip(ended, statuses, strict=True):
         assert status != 0 if expected is None else status == expected, ended
     assert message in ended[1 - which][2]
+    assert "with --resume, continues" in ended[1][2]
     assert len(read_metrics(out)) < len(alone)
     first, second = finish(start_two(out, "--resume"))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert_same(out, alone)
+
+
+@pytest.mark.slow
+def test_a_stop_before_the_first_step_is_not_lost(alone, tmp_path):
+    out = tmp_path / "run"
+    processes = start_two(out)
+    while not (out / "env.json").exists():  # from here to the first step all is compiled
+        assert all(p.poll() is None for p in processes)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = finish(processes, timeout=60)
+    assert [status for status, *_ in ended] == [143, 143], ended
+    assert all("error: stopped and saved" in errors for *_, errors in ended)
+    assert not read_metrics(out)
+    first, second = finish(start_two(out, "--resume"))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert_same(out, alone)
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_by_all(tmp_path):
+    processes = start_two(tmp_path / "run", each=(["--coef=1e-2"], ["--coef=1e-3"]))
+    for status, _, errors in finish(processes):
+        assert status == 2, errors
+        assert "error: processes 0 and 1" in errors and "coef [0.01] in 0, [0.001] in 1" in errors
 
 
 WHOLE = {"distributed": True, "coordinator": "localhost:1", "num_processes": 2, "process_id": 0}

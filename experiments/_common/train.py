@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,15 @@ from experiments._common.protocols import PROTOCOLS
 from kd2m_jax import FitResult, Network, Outputs, fit, losses, models, projected
 from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._locks import locked
-from kd2m_jax._processes import by_first, held_by_first, is_first, start, watched
+from kd2m_jax._processes import (
+    after_first,
+    by_first,
+    gathered,
+    held_by_first,
+    is_first,
+    start,
+    watched,
+)
 from kd2m_jax._torch_weights import local_file
 from kd2m_jax.losses._metrics import spelled
 
@@ -39,7 +48,8 @@ def train_and_report(settings: Settings, dataset_name: str) -> None:
     check(settings)
     with started(settings.run):
         check_names(settings)
-        path = distil(settings, load(dataset_name, settings.run.data_dir))
+        dataset = after_first(lambda: load(dataset_name, settings.run.data_dir))
+        path = distil(settings, dataset)
         print(f"\n{report.text_table(path)}\n\nReport: {path / 'report.md'}")
 
 
@@ -58,6 +68,12 @@ def started(run: Run):
         ) from error
     with contextlib.ExitStack() as stack, watched():
         if not is_first():
+            # Now, for JAX itself ends this process when the first one is gone.
+            print(
+                f"Process {jax.process_index()}: process 0 prints. Should the run break off, the "
+                "same command in each, with --resume, continues it.",
+                file=sys.stderr,
+            )
             quiet = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
         yield
@@ -70,6 +86,7 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
     table trains it once for all metrics.
     """
     config = configuration(settings, dataset)
+    _check_processes_agree(config)
     metric = _metric(config)
     known = losses.METRICS[metric.name].published if isinstance(metric, losses.Metric) else None
     if known and config["coef"] == ["published"]:
@@ -144,6 +161,15 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
         "seed": t.seed,
         "max_steps": settings.run.max_steps,
     }
+
+
+def _check_processes_agree(config: dict) -> None:
+    """Raise UsageError, in all processes, where one was started with other settings."""
+    first, *others = map(json.loads, gathered(json.dumps(config)))
+    for number, other in enumerate(others, 1):
+        if changed := [k for k in first if first[k] != other[k]]:
+            what = ", ".join(f"{k} {first[k]} in 0, {other[k]} in {number}" for k in changed)
+            raise UsageError(f"processes 0 and {number} were started with other settings: {what}")
 
 
 def _sha256(*parts: bytes) -> str:
