@@ -12,6 +12,7 @@ import jax
 from tqdm import tqdm
 
 from experiments._common import restore
+from experiments._common.configuration import teacher_name
 from experiments._common.data import Dataset
 from experiments._common.folder import RunFolder
 from experiments._common.grid import Cell
@@ -23,7 +24,6 @@ from experiments._common.train import (
     _with_projector,
     configured,
     fit_options,
-    teacher_name,
 )
 from kd2m_jax import NonFiniteLoss, fit, losses
 from kd2m_jax._batches import steps_per_epoch

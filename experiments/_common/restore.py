@@ -12,6 +12,7 @@ from flax import nnx
 
 from experiments._common.augment import preprocess
 from experiments._common.cli import UsageError
+from experiments._common.configuration import data_sha256, teacher_name
 from experiments._common.data import Dataset, load
 from experiments._common.grid import ALONE, shortened
 from experiments._common.protocols import PROTOCOLS
@@ -20,8 +21,6 @@ from experiments._common.train import (
     _network,
     _with_class_cost,
     _with_projector,
-    data_sha256,
-    teacher_name,
 )
 from kd2m_jax import Network, Outputs, losses
 from kd2m_jax._checkpoints import Checkpoints
