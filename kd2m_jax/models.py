@@ -365,9 +365,8 @@ def _build_mlp(
 
 def _named(network: type, *arguments, features: int) -> Callable[..., Any]:
     make = partial(network, *arguments)
-    called = ", ".join(getattr(a, "__name__", str(a)) for a in arguments)
-    what = f"{network.__name__}({called}, num_classes, ...)"
-    make.__doc__ = f"""``{what}``, features ``[n, {features}]``.
+    given = ", ".join(getattr(a, "__name__", str(a)) for a in arguments)
+    make.__doc__ = f"""``{network.__name__}({given}, ...)``, features ``[n, {features}]``.
 
     `{network.__name__}` says the rest: its other arguments, shapes and errors.
     """
