@@ -88,8 +88,7 @@ def test_versions_that_are_no_longer_recorded_are_kept_as_earlier(tmp_path):
 def test_the_crd_schedule_loses_no_drop(epochs):
     """Of few epochs several drops fall together: each counts all the same."""
     optimizer = PROTOCOLS["crd"].optimizer(epochs, 10)
-    params, state = {"w": jnp.ones(1)}, None
-    state = optimizer.init(params)
+    state = optimizer.init({"w": jnp.ones(1)})
     state = optax.tree_utils.tree_set(state, count=jnp.asarray(10 * epochs + 1))
     updates, _ = optimizer.update({"w": jnp.ones(1)}, state, {"w": jnp.zeros(1)})
     np.testing.assert_allclose(updates["w"], -0.05 * 1e-3, rtol=1e-4)
