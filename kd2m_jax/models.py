@@ -366,9 +366,9 @@ def _build_mlp(
 def _named(network: type, *arguments, features: int) -> Callable[..., Any]:
     make = partial(network, *arguments)
     called = ", ".join(getattr(a, "__name__", str(a)) for a in arguments)
-    make.__doc__ = f"""``{network.__name__}({called}, num_classes, ...)``, features ``[n, {features}]``.
+    make.__doc__ = f"""Makes a network with features ``[n, {features}]``.
 
-    `{network.__name__}` says the rest: its other arguments, shapes and errors.
+    ``{network.__name__}({called}, num_classes, ...)``: there is the rest.
     """
     return make
 
