@@ -39,7 +39,8 @@ def pmap_step(
       devices: the devices to use; all local ones by default.
 
     Returns:
-      ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``.
+      ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``, x ``[n, ...]`` and labels
+      ``[n]`` the whole batch.
 
     Raises:
       ValueError: when called with a batch that the number of devices does not divide.
@@ -105,7 +106,8 @@ def shard_map_step(
       mesh: a mesh with one axis called "devices"; all devices of all hosts by default.
 
     Returns:
-      ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``.
+      ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``, x ``[n, ...]`` and labels
+      ``[n]`` the whole batch.
 
     Raises:
       ValueError: when called with a batch that the number of devices does not divide, or for a
