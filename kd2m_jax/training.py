@@ -113,7 +113,8 @@ def fit(
       checkpoint_dir: where to keep the last and the best checkpoint, written after each epoch and
         on SIGTERM; a run that finds one there continues from it, in the middle of an epoch if
         need be, to the same result to the bit (CPU, same devices).
-      seed: decides initialisation (of Linen students), order, augmentation and dropout.
+      seed: decides initialisation (of Linen students, of a population's all alike: an NNX module
+        brings its own), order, augmentation and dropout.
       max_steps: stop after so many steps, for smoke runs.
       devices: the devices to run on; all of them, of all processes, by default.
 
@@ -150,6 +151,11 @@ def fit(
         raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
     (students, metrics_of, coefs), alone = _population(student, metric, coef)
     without = {metric is None or metric == "none" for metric in metrics_of}
+    if len(without) > 1:
+        raise ValueError(
+            "metric none among others: the students of a population all have the teacher, or none "
+            "has; coef 0 leaves a metric without effect"
+        )
     if without != {teacher is None}:
         raise ValueError("a teacher and a metric to compare with it come together: got only one")
     devices = list(devices or jax.devices())
@@ -184,10 +190,14 @@ def fit(
     sample = jnp.zeros(sample.shape, sample.dtype)
     key = jax.random.key(seed)
     states = place([init_state(network, optimizer, sample, key=key) for network in networks])
-    evaluators = [_evaluator(network, eval_data, preprocess, mesh) for network in networks]
+    evaluators = _evaluators(students, networks, eval_data, preprocess, mesh)
+    whose = [""] if alone else [f" of student {i}" for i in range(len(networks))]
     logs = [
         Log(
-            callbacks if alone else [_numbered(c, i) for c in callbacks], teacher is not None, total
+            callbacks if alone else [_numbered(c, i) for c in callbacks],
+            teacher is not None,
+            total,
+            whose[i],
         )
         for i in range(len(networks))
     ]
@@ -250,7 +260,9 @@ def fit(
                 scores = evaluators[i](state.variables)
                 if not all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(state.params)):
                     log.settle()  # a loss that was not finite before says more
-                    raise NonFiniteLoss(f"the parameters are not finite after step {done}")
+                    raise NonFiniteLoss(
+                        f"the parameters{whose[i]} are not finite after step {done}"
+                    )
                 log.emit(scores)
                 if not scores or scores["test_accuracy"] > best[i]:
                     improved = True
@@ -336,10 +348,10 @@ def _total_steps(batches: Batches, epochs: int, max_steps: int | None) -> int | 
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, mesh: Mesh):
-    """A function of variables: accuracy and loss over all examples, or nothing without data."""
+def _evaluators(students, networks, data: Arrays | None, preprocess: Preprocess, mesh: Mesh):
+    """A function of variables for each: accuracy and loss over all examples, or nothing."""
     if data is None:
-        return lambda variables: {}
+        return [lambda variables: {}] * len(networks)
     x, labels = (jnp.asarray(a)[jax.process_index() :: jax.process_count()] for a in data)
     # One shape for all batches, split over the devices; the last one is padded with labels that
     # do not count.
@@ -349,20 +361,27 @@ def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, me
     labels = jnp.concatenate([labels.astype(jnp.int32), jnp.full(padding, -1, jnp.int32)])
     split = NamedSharding(mesh, PartitionSpec(None, DEVICES))
     x, labels = (jax.device_put(a.reshape(-1, size, *a.shape[1:]), split) for a in (x, labels))
-    prepared = Network(
-        network.init,
-        lambda params, state, x, **options: network.apply(
-            params, state, preprocess(x, None), **options
-        ),
-    )
-    eval_step = make_eval_step(prepared)
 
-    def evaluate(variables):
-        parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
-        sums = summed({name: sum(float(part[name]) for part in parts) for name in parts[0]})
-        return {
-            "test_loss": sums["loss"] / sums["count"],
-            "test_accuracy": sums["correct"] / sums["count"],
-        }
+    def evaluator(network):
+        prepared = Network(
+            network.init,
+            lambda params, state, x, **options: network.apply(
+                params, state, preprocess(x, None), **options
+            ),
+        )
+        eval_step = make_eval_step(prepared)
 
-    return evaluate
+        def evaluate(variables):
+            parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
+            sums = summed({name: sum(float(part[name]) for part in parts) for name in parts[0]})
+            return {
+                "test_loss": sums["loss"] / sums["count"],
+                "test_accuracy": sums["correct"] / sums["count"],
+            }
+
+        return evaluate
+
+    # Networks of one structure share one program: seeds, lambdas and metrics do not show in it.
+    kinds = [nnx.graphdef(s) if isinstance(s, nnx.Module) else id(s) for s in students]
+    made = {kind: evaluator(n) for kind, n in reversed(list(zip(kinds, networks, strict=True)))}
+    return [made[kind] for kind in kinds]
