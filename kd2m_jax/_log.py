@@ -28,8 +28,9 @@ class NonFiniteLoss(FloatingPointError):
 class Log:
     """Means over the steps since the last record, checked for NaN, handed to the callbacks."""
 
-    def __init__(self, callbacks, has_teacher: bool, total: int | None):
+    def __init__(self, callbacks, has_teacher: bool, total: int | None, whose: str = ""):
         self.history: list[dict] = []
+        self._whose = whose
         self._callbacks, self._total = callbacks, total
         names = {"loss": "loss", "task_loss": "task_loss", "accuracy": "train_accuracy"}
         if has_teacher:
@@ -64,7 +65,7 @@ class Log:
             if not math.isfinite(values["loss"]):
                 terms = ", ".join(f"{name} {value}" for name, value in values.items())
                 step = self._at[0] - len(losses) + 1 + i
-                raise NonFiniteLoss(f"the loss is not finite at step {step} ({terms})")
+                raise NonFiniteLoss(f"the loss{self._whose} is not finite at step {step} ({terms})")
             self._window.append(values)
 
     def emit(self, scores: dict[str, float]) -> None:

@@ -15,15 +15,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._batches import Arrays, Batches, steps_per_call
+from kd2m_jax._evaluation import evaluators
 from kd2m_jax._locks import CheckpointError as CheckpointError
 from kd2m_jax._locks import Stopped as Stopped
 from kd2m_jax._locks import locked, stop_requests
 from kd2m_jax._log import Log
 from kd2m_jax._log import NonFiniteLoss as NonFiniteLoss
-from kd2m_jax._processes import asked_to_stop, held_by_first, summed
+from kd2m_jax._processes import asked_to_stop, held_by_first
 from kd2m_jax.losses import Metric, MetricSum
-from kd2m_jax.networks import DEVICES, Model, Network, as_network, from_nnx
-from kd2m_jax.step import Coef, TrainState, init_state, make_eval_step, step_body
+from kd2m_jax.networks import DEVICES, Model, as_network, from_nnx
+from kd2m_jax.step import Coef, TrainState, init_state, step_body
 
 AnyMetric = Metric | MetricSum | str | None
 
@@ -126,7 +127,8 @@ def fit(
       checkpoint_dir: where to keep the last and the best checkpoint, written after each epoch and
         on SIGTERM; a run that finds one there continues from it, in the middle of an epoch if
         need be, to the same result to the bit (CPU, same devices).
-      seed: decides initialisation (of Linen students), order, augmentation and dropout.
+      seed: decides initialisation (of Linen students, of a population's all alike: an NNX module
+        brings its own), order, augmentation and dropout.
       max_steps: stop after so many steps, for smoke runs.
       devices: the devices to run on; all of them, of all processes, by default.
 
@@ -164,6 +166,11 @@ def fit(
         raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
     (students, metrics_of, coefs), alone = _population(student, metric, coef)
     without = {metric is None or metric == "none" for metric in metrics_of}
+    if len(without) > 1:
+        raise ValueError(
+            "metric none among others: the students of a population all have the teacher, or none "
+            "has; coef 0 leaves a metric without effect"
+        )
     if without != {teacher is None}:
         raise ValueError("a teacher and a metric to compare with it come together: got only one")
     devices = list(devices or jax.devices())
@@ -199,10 +206,14 @@ def fit(
     sample = jnp.zeros(sample.shape, sample.dtype)
     key = jax.random.key(seed)
     states = place([init_state(network, optimizer, sample, key=key) for network in networks])
-    evaluators = [_evaluator(network, eval_data, preprocess, mesh) for network in networks]
+    evaluate = evaluators(students, networks, eval_data, preprocess, mesh)
+    whose = [""] if alone else [f" of student {i}" for i in range(len(networks))]
     logs = [
         Log(
-            callbacks if alone else [_numbered(c, i) for c in callbacks], teacher is not None, total
+            callbacks if alone else [_numbered(c, i) for c in callbacks],
+            teacher is not None,
+            total,
+            whose[i],
         )
         for i in range(len(networks))
     ]
@@ -271,10 +282,12 @@ def fit(
                     raise Stopped(143)
             improved = False
             for i, (state, log) in enumerate(zip(states, logs, strict=True)):
-                scores = evaluators[i](state.variables)
+                scores = evaluate[i](state.variables)
                 if not all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(state.params)):
                     log.settle()  # a loss that was not finite before says more
-                    raise NonFiniteLoss(f"the parameters are not finite after step {done}")
+                    raise NonFiniteLoss(
+                        f"the parameters{whose[i]} are not finite after step {done}"
+                    )
                 log.emit(scores)
                 if not scores or scores["test_accuracy"] > best[i]:
                     improved = True
@@ -367,35 +380,3 @@ def _total_steps(batches: Batches, epochs: int, max_steps: int | None) -> int | 
         return max_steps
     steps = batches.steps_per_epoch * epochs
     return steps if max_steps is None else min(steps, max_steps)
-
-
-def _evaluator(network: Network, data: Arrays | None, preprocess: Preprocess, mesh: Mesh):
-    """A function of variables: accuracy and loss over all examples, or nothing without data."""
-    if data is None:
-        return lambda variables: {}
-    x, labels = (jnp.asarray(a)[jax.process_index() :: jax.process_count()] for a in data)
-    # One shape for all batches, split over the devices; the last one is padded with labels that
-    # do not count.
-    size = -(-min(len(x), 500) // mesh.size) * mesh.size
-    padding = -len(x) % size
-    x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
-    labels = jnp.concatenate([labels.astype(jnp.int32), jnp.full(padding, -1, jnp.int32)])
-    split = NamedSharding(mesh, PartitionSpec(None, DEVICES))
-    x, labels = (jax.device_put(a.reshape(-1, size, *a.shape[1:]), split) for a in (x, labels))
-    prepared = Network(
-        network.init,
-        lambda params, state, x, **options: network.apply(
-            params, state, preprocess(x, None), **options
-        ),
-    )
-    eval_step = make_eval_step(prepared)
-
-    def evaluate(variables):
-        parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
-        sums = summed({name: sum(float(part[name]) for part in parts) for name in parts[0]})
-        return {
-            "test_loss": sums["loss"] / sums["count"],
-            "test_accuracy": sums["correct"] / sums["count"],
-        }
-
-    return evaluate

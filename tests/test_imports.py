@@ -24,7 +24,7 @@ LAYERS = [
     ("_torch_weights", "theory"),
     ("networks", "models", "_checkpoints"),
     ("step",),
-    ("parallel",),
+    ("parallel", "_evaluation"),
     ("training",),
 ]
 SHELL_ONLY = {"tyro", "tensorflow_datasets", "tensorflow", "matplotlib", "tqdm", "tensorboardX"}

@@ -8,7 +8,16 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import fit, from_nnx, init_state, models, step
+from kd2m_jax import (
+    NonFiniteLoss,
+    _evaluation,
+    fit,
+    from_nnx,
+    init_state,
+    models,
+    step,
+    training,
+)
 
 N, D = 96, 10
 METRICS = ["cw2", "l2", "gaussian-w2"]
@@ -55,6 +64,54 @@ def test_what_is_no_list_holds_for_all():
     assert len({r.history[-1]["loss"] for r in together}) == 3
     with pytest.raises(ValueError, match="lists of students, metrics and coefs differ in length"):
         run([mlp(1), mlp(2)], "cw2", COEFS)
+    with pytest.raises(ValueError, match="metric none among others"):
+        run(mlp(1), ["none", "cw2"], 0.1)
+
+
+def test_a_loss_that_is_not_finite_names_its_student():
+    with pytest.raises(NonFiniteLoss, match="loss of student 1 is not finite at step 2"):
+        run(mlp(1), "l2", [1e-3, 1e35], optimizer=optax.sgd(1e6), max_steps=4)
+
+
+def test_students_of_one_structure_share_the_program_and_the_data_of_evaluation():
+    students = [mlp(1), mlp(2), mlp(1), mlp(1, 16)]
+    networks = [from_nnx(student) for student in students]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+    made = _evaluation.evaluators(students, networks, data(1), lambda x, keys: x, mesh)
+    assert made[0] is made[1] is made[2] is not made[3]
+
+    def cells(function):
+        return {
+            name: cell.cell_contents
+            for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True)
+        }
+
+    assert cells(made[0])["x"] is cells(made[3])["x"]
+
+
+@pytest.mark.slow
+def test_students_with_batch_statistics_and_a_preprocess_end_as_they_would_alone():
+    rng, labels = np.random.default_rng(0), np.arange(48) % 3
+    x = (80 * labels[:, None, None, None] + rng.integers(0, 60, (48, 8, 8, 3))).astype(np.uint8)
+
+    def resnet(seed):
+        return models.resnet8(3, rngs=nnx.Rngs(seed))
+
+    def prepare(x, keys):
+        if keys is not None:
+            flip = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
+            x = jax.numpy.where(flip, x[:, :, ::-1], x)
+        return x.astype(np.float32) / 128 - 1
+
+    def trained(student, metric, coef):
+        return fit(student, (x, labels), teacher=resnet(0), metric=metric, coef=coef, epochs=2,
+                   batch_size=16, eval_data=(x, labels), preprocess=prepare,
+                   optimizer=optax.sgd(1e-2), seed=5)  # fmt: skip
+
+    students, metrics, coefs = [resnet(1), resnet(2)], ["cw2", "gaussian-w2"], [1e-2, 1e-1]
+    together = trained(students, metrics, coefs)
+    for result, *one in zip(together, students, metrics, coefs, strict=True):
+        assert_close(result, trained(*one))
 
 
 def test_an_interrupted_population_goes_on_to_the_same_bits(tmp_path):
@@ -80,3 +137,21 @@ def test_the_teacher_is_computed_once():
 
     # The teacher's two hidden layers alone.
     assert 4 * arithmetic(1) - arithmetic(4) > 3 * 2 * N * 512 * (D + 6)
+
+
+def test_the_program_of_fit_computes_the_teacher_once():
+    """The same of what `fit` runs, over devices and with a preprocess."""
+    (x, labels), optimizer, devices = data(), optax.sgd(0.1), jax.devices()
+    student, teacher = from_nnx(mlp(1)), from_nnx(mlp(0, 512))
+    options = {"metric": "l2", "coef": 1.0, "task_coef": 1.0, "axis": "devices"}
+    body = step.step_body(student, teacher, optimizer, **options)
+    rows = np.arange(N).reshape(1, len(devices), -1)
+
+    def arithmetic(students):
+        states = [init_state(student, optimizer, x, key=jax.random.key(0))] * students
+        program = training._mapped([body] * students, lambda x, keys: 2 * x, devices)
+        lowered = program.lower(states, teacher.init(None, x), rows, (x, labels))
+        return lowered.compile().cost_analysis()["flops"]
+
+    on_each = N // len(devices)
+    assert 4 * arithmetic(1) - arithmetic(4) > 3 * 2 * on_each * 512 * (D + 6)

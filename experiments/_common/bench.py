@@ -8,6 +8,7 @@ import operator
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -28,7 +29,7 @@ STYLES = (
     ("#56B4E9", "P"),
     ("#000000", "x"),
 )
-KINDS = ("related", "clustered", "unrelated")
+KINDS = ("related", "clustered", "confused", "unrelated")
 PAUSE = 0.01  # seconds
 PACKAGES = ("jax", "jaxlib", "ott-jax", "pot", "torch", "numpy")
 
@@ -37,7 +38,9 @@ def clouds(kind: str, n: int, d: int, classes: int = 10, seed: int = 0):
     """Student and teacher features ``[n, d]`` float32, and labels ``[n]``.
 
     "related" is a half-trained student (the teacher's features plus noise), "clustered" has the
-    same classes around centres that moved, "unrelated" nothing in common but its spread.
+    same classes around centres that moved, "confused" is that with one student sample in twenty in
+    the wrong cluster, so that no cluster has its teacher's mass, "unrelated" has nothing in common
+    but its spread.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % classes)
@@ -46,9 +49,12 @@ def clouds(kind: str, n: int, d: int, classes: int = 10, seed: int = 0):
     if kind == "related":
         teacher = centres[labels] + 0.5 * noise
         student = teacher + 0.5 * other
-    elif kind == "clustered":
-        moved = centres + 0.1 * rng.normal(size=(classes, d))
-        student, teacher = moved[labels] + 0.15 * noise, centres[labels] + 0.15 * other
+    elif kind in ("clustered", "confused"):
+        moved, taken_for = centres + 0.1 * rng.normal(size=(classes, d)), labels.copy()
+        if kind == "confused":
+            wrong = rng.choice(np.flatnonzero(labels), max(1, n // 20), replace=False)
+            taken_for[wrong] = 0
+        student, teacher = moved[taken_for] + 0.15 * noise, centres[labels] + 0.15 * other
     elif kind == "unrelated":
         student, teacher = noise, other + 0.3
     else:
@@ -105,6 +111,13 @@ def ratios(rows: list[dict], reference: Callable = operator.itemgetter(0)) -> li
     return [{**row, "ratio": row["ms"] / base} for row in rows]
 
 
+def verdict(what: str, value: float, target: float, *, least: bool = False) -> str:
+    """A note: what was measured, the target it had, and whether it is met."""
+    met = value >= target if least else value <= target
+    bound = "at least" if least else "at most"
+    return f"{what}: {value:.2f}, target {bound} {target:.3g}: {'met' if met else 'MISSED'}"
+
+
 def text_table(rows: Sequence[dict]) -> str:
     """The rows for a terminal, numbers to three digits; a dash where a row has no such column."""
     header = list(dict.fromkeys(key for row in rows for key in row))
@@ -140,11 +153,32 @@ def machine() -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
+        "processor": _processor(),
+        "devices": [device.device_kind for device in jax.devices()],
         "system": platform.system(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
+        "float32 products": _precision(),
     }
+
+
+def _precision() -> dict:
+    """Whether float32 may mean TF32, as JAX's default has it on GPUs since Ampere."""
+    found: dict = {"jax": jax.config.jax_default_matmul_precision or "default"}
+    if torch := sys.modules.get("torch"):
+        found["torch matmul"] = torch.get_float32_matmul_precision()
+        found["torch cudnn.allow_tf32"] = torch.backends.cudnn.allow_tf32
+    return found
+
+
+def _processor() -> str | None:
+    """The CPU's model, on Linux."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), None)
 
 
 def write(out: str | pathlib.Path, suite: str, rows: Sequence[dict], notes: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments._common import bench
+from experiments._common import bench, bench_answers
 
 METRICS = ("w2", "sw2", "gaussian-w2", "gaussian-w2 diagonal")
 
@@ -38,6 +38,10 @@ def growth(
             if len(group) > 1 and all(row.get(key) for row in group)
         ]
         notes.append(f"{metric}: " + ", ".join(parts))
+    arrays = [r["n x n arrays"] for r in rows if r["metric"] == "w2" and r["n"] == max(sizes)]
+    if arrays[0] is not None:
+        title = f"w2, n = {max(sizes)}: peak in n x n arrays"
+        notes.append(bench.verdict(title, arrays[0], 4))
     for axis, fixed in (("n", ("d", d_fixed)), ("d", ("n", n_fixed))):
         group = [row for row in rows if row[fixed[0]] == fixed[1]]
         panels = {
@@ -79,14 +83,15 @@ def _measure(metric: str, n: int, d: int, repeats: int) -> dict:
         "gaussian-w2": losses.gaussian_w2,
         "gaussian-w2 diagonal": lambda s, t: losses.gaussian_w2(s, t, covariance="diagonal"),
     }
-    x, y, _ = bench.clouds("related", n, d)
+    x, y, labels = bench.clouds("related", n, d)
     run = bench.compiled(functions[metric], jnp.asarray(x), jnp.asarray(y))
     peak = _peak_of(run)
     [row] = bench.measure([bench.Case({"metric": metric, "n": n, "d": d}, run)], repeats, 4.0)
-    if peak is not None:
-        row["peak MiB"] = peak / 2**20
-        row["n x n arrays"] = peak / (4 * n * n)
-    return row
+    row["peak MiB"] = None if peak is None else peak / 2**20
+    row["n x n arrays"] = None if peak is None else peak / (4 * n * n)
+    name, _, diagonal = metric.partition(" ")
+    options = {"covariance": diagonal} if diagonal else {}
+    return row | bench_answers.answer(name, *bench_answers.features(x, y), labels, **options)
 
 
 def _peak_of(run) -> int | None:

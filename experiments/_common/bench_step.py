@@ -7,70 +7,114 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments._common import bench
-from kd2m_jax import from_nnx, init_state, losses, make_train_step, models
+from experiments._common import bench, bench_answers
+from experiments._common.augment import preprocess
+from experiments._common.data import load
+from kd2m_jax import fit, from_nnx, init_state, losses, make_train_step, models, projected
 
-METRICS = (
-    "w2",
-    "cw2",
-    "jw2",
-    "gaussian-w2",
-    "gaussian-cw2",
-    "gaussian-kl",
-    "gaussian-ckl",
-    "sw2",
-    "mmd-rbf",
-    "kd",
-    "l2",
-)
-# teacher, student, image shape
-PAIRS = (("resnet8", "mlp-32-64", (8, 8, 1)), ("resnet20", "resnet8", (32, 32, 3)))
+# Teacher, student, and the images: a shape is that of random ones and of untrained networks.
+PAIRS = (("resnet8", "mlp-32-64", "digits"), ("resnet20", "resnet8", (32, 32, 3)))
+TARGETS = {("resnet20", "resnet8"): 1.1}
+# Passes over the digits: a trained teacher, a student on its way, for a metric's iterations depend
+# on how alike the two are.
+EPOCHS = (8, 2)
+
+Pair = tuple[str, str, str | tuple[int, ...]]
 
 
 def step(
-    out: str,
-    pairs: Sequence[tuple[str, str, tuple[int, ...]]] = PAIRS,
-    metrics: Sequence[str] = METRICS,
-    batch: int = 128,
-    repeats: int = 20,
+    out: str, pairs: Sequence[Pair] = PAIRS, batch: int = 128, repeats: int = 20
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes; random images, for their content does not change the time."""
+    """Rows and notes, of every metric that the networks have something for."""
     del out  # no plot
     rows, notes = [], []
-    for teacher, student, shape in pairs:
-        name = {"teacher": teacher, "student": student, "batch": batch}
-        cases = [
-            bench.Case({**name, "metric": metric}, _step(teacher, student, shape, batch, metric))
-            for metric in ("none", *metrics)
-        ]
-        rows += (timed := bench.ratios(bench.measure(cases, repeats, 30.0)))
-        worst = max(timed, key=lambda row: row["ratio"])
-        notes.append(f"{teacher} to {student}: at most {worst['ratio']:.2f} ({worst['metric']})")
+    for pair in pairs:
+        rows += (timed := beside_none(pair, list(losses.METRICS), batch, repeats))
+        notes += worst_case(timed, f"{pair[0]} to {pair[1]}", TARGETS.get(pair[:2]))
+        if not isinstance(pair[2], str):
+            notes.append(f"{pair[0]} to {pair[1]}: random images, networks not trained.")
     return rows, notes
 
 
-def _step(teacher: str, student: str, shape: tuple[int, ...], batch: int, metric: str):
+def worst_case(rows: list[dict], title: str, target: float | None) -> list[str]:
+    """A note on the metric that adds most, and on those whose answers are wrong."""
+    worst = max(rows, key=lambda row: row["ratio"])
+    title = f"{title}, step with {worst['metric']} over none, the most"
+    wrong = [row["metric"] for row in rows if row.get("answer") == "WRONG"]
+    note = f"{title}: {worst['ratio']:.2f}"
+    if target:
+        note = bench.verdict(title, worst["ratio"], target)
+    return [note, *([f"WRONG answers: {', '.join(wrong)}"] if wrong else [])]
+
+
+def beside_none(
+    pair: Pair, metrics: Sequence[str], batch: int, repeats: int, dtype=jnp.float32
+) -> list[dict]:
+    """Rows of a step without a metric and with each, in turn."""
+    *networks, x, labels = setting(pair, batch, dtype)
+    teacher, student = map(from_nnx, networks)
+    variables = teacher.init(None, x)
+    seen_by_teacher = teacher.apply(*variables, x, train=False, rng=None)[0]
+    out = student.apply(*student.init(None, x), x, train=True, rng=None)[0]
+    name = {"teacher": pair[0], "student": pair[1], "batch": batch, "dtype": jnp.dtype(dtype).name}
+    cases = []
+    for metric in ("none", *metrics):
+        columns, network = name | {"metric": metric}, student
+        if metric != "none":
+            if "maps" in losses.METRICS[metric].needs and not (out.maps and seen_by_teacher.maps):
+                continue
+            if metric == "wkd-f":  # its projector is part of the method, also at equal sizes
+                network = projected(student, channels=seen_by_teacher.maps[-1].shape[-1])
+            columns |= bench_answers.answer(metric, out, seen_by_teacher, labels)
+        cases.append(bench.Case(columns, _once(*program(network, teacher, x, labels, metric))))
+    return bench.ratios(bench.measure(cases, repeats, 30.0))
+
+
+def setting(pair: Pair, batch: int, dtype=jnp.float32):
+    """Teacher, student, images and labels."""
+    names, data = pair[:2], pair[2]
+    if data != "digits":
+        networks = [_build(name, data, seed, dtype) for seed, name in enumerate(names)]
+        x = jax.random.normal(jax.random.key(0), (batch, *data))
+        return *networks, x, jnp.arange(batch) % 10
+    digits = load("digits")
+    prepare, (images, labels) = preprocess(digits), digits.train
     networks = [
-        models.build(name, num_classes=10, image_shape=shape, rngs=nnx.Rngs(seed))
-        for seed, name in enumerate((teacher, student))
+        fit(
+            _build(name, images.shape[1:], seed, dtype),
+            digits.train,
+            preprocess=prepare,
+            epochs=epochs,
+        ).student
+        for seed, (name, epochs) in enumerate(zip(names, EPOCHS, strict=True))
     ]
-    teacher_network, network = map(from_nnx, networks)
-    x = jax.random.normal(jax.random.key(0), (batch, *shape))
-    labels = jnp.arange(batch) % 10
+    return *networks, prepare(images[:batch], None), jnp.asarray(labels[:batch])
+
+
+def _build(name: str, shape, seed: int, dtype) -> nnx.Module:
+    rngs = nnx.Rngs(seed)
+    return models.build(name, num_classes=10, image_shape=shape, rngs=rngs, dtype=dtype)
+
+
+def program(network, teacher, x, labels, metric: str):
+    """A compiled step, and the state, teacher's variables and batch that it takes."""
     optimizer = optax.sgd(0.01, momentum=0.9)
     run = make_train_step(
         network,
-        teacher_network,
+        teacher,
         optimizer,
         metric=_look_at_teacher if metric == "none" else losses.get_metric(metric),
         coef=1e-3,
     )
-    variables = teacher_network.init(jax.random.key(1), x)
     state = init_state(network, optimizer, x, key=jax.random.key(0))
+    arguments = (state, teacher.init(None, x), (x, labels))
+    return run.lower(*arguments).compile(), *arguments
 
+
+def _once(run, state, variables, batch):
     def once():
         nonlocal state  # the step donates it
-        state, scores = run(state, variables, (x, labels))
+        state, scores = run(state, variables, batch)
         jax.block_until_ready((state, scores))
 
     return once
