@@ -119,10 +119,9 @@ def epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, repeats:
 def forward_flops(module: nnx.Module) -> float:
     """Of one image; a training step does three times as much, the usual count."""
     network, x = from_nnx(module), jnp.zeros((16, *SHAPE))
-    variables = network.init(None, x)
-    forward = jax.jit(lambda x: network.apply(*variables, x, train=False, rng=None)[0].logits)
+    forward = jax.jit(lambda v, x: network.apply(*v, x, train=False, rng=None)[0].logits)
     # Before XLA's passes, which hide convolutions in calls of cuDNN.
-    return forward.lower(x).cost_analysis()["flops"] / len(x)
+    return forward.lower(network.init(None, x), x).cost_analysis()["flops"] / len(x)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -73,7 +73,7 @@ def _verdicts(rows: list[dict]) -> list[str]:
     fastest = min(right, key=lambda r: r["ratio"])
     compared = {"its faster form": fastest, "the paper's cdist": torch[0]}
     return [
-        bench.verdict(f"{place}: torch + emd, {what}, takes times as long", r["ratio"], target,
+        bench.verdict(f"{place}: torch + emd, {what}, over ours", r["ratio"], target,
                       least=True)
         for what, r in compared.items()
     ]  # fmt: skip

@@ -217,19 +217,22 @@ def test_a_step_is_compared_with_one_that_runs_the_teacher_too():
     assert large - small > 0.9 * 2 * 8 * (512 - 8) * (16 + 4)
 
 
-def test_a_steps_metrics_are_those_the_networks_suit(monkeypatch, tmp_path):
+def test_a_steps_metrics_are_those_the_networks_suit(tmp_path):
     run = bench_step.step(tmp_path, (("mlp-8-4", "mlp-6-4", (4, 4, 1)),), batch=8, repeats=1)
     (rows, notes), names = run, set(losses.METRICS)
     assert {row["metric"] for row in rows} == names - {"nst", "wkd-f"} | {"none"}
     assert rows[0]["ratio"] == 1 and rows[1]["answer"] == "right"
     assert "mlp-8-4 to mlp-6-4" in notes[0] and "random images" in notes[-1]
-    # Networks with maps: the projector of wkd-f is in.
+
+
+@pytest.mark.slow
+def test_a_steps_metrics_of_maps_and_the_projector_of_wkd_f():
     *_, wkd = bench_step.beside_none(("resnet8", "resnet8", (8, 8, 1)), ["nst", "wkd-f"], 8, 1)
     assert wkd["metric"] == "wkd-f" and np.isfinite(wkd["ratio"])
 
 
 def test_a_step_on_digits_has_a_trained_teacher_and_a_student_on_its_way(monkeypatch):
-    monkeypatch.setattr(bench_step, "EPOCHS", (4, 1))
+    monkeypatch.setattr(bench_step, "EPOCHS", (30, 1))
     teacher, student, x, labels = bench_step.setting(("mlp-64-8", "mlp-8-8", "digits"), 128)
     right = [(jnp.argmax(net(x).logits, 1) == labels).mean() for net in (teacher, student)]
     assert right[0] > 0.9 > right[1]
@@ -298,7 +301,9 @@ def test_the_torch_epoch_runs_and_is_of_the_same_networks(monkeypatch, tmp_path)
 
     for depths, name in ((bench_gpu_torch.DEPTHS[n], n) for n in bench_gpu.PAIR):
         theirs = bench_gpu_torch.ResNet(depths)
-        ours = nnx.eval_shape(lambda name=name: bench_step._build(name, (32, 32, 3), 0, None))
+        ours = nnx.eval_shape(
+            lambda name=name: bench_step._build(name, (32, 32, 3), 0, jnp.float32)
+        )
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(ours, nnx.Param)))
         assert sum(p.numel() for p in theirs.parameters()) == count
         features, logits = theirs(torch.zeros(2, 3, 32, 32))
