@@ -78,7 +78,7 @@ def build(
 class MLP(nnx.Module):
     """A multi-layer perceptron on flattened images: ReLU hidden layers and a linear head.
 
-    The features are the last hidden layer's activations, after the ReLU.
+    The features ``[n, d]``, d = widths[-1], are the last hidden layer's outputs, after its ReLU.
 
     Args:
       widths: number of units of each hidden layer, at least one layer.
