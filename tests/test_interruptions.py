@@ -130,7 +130,7 @@ def test_batch_statistics_and_augmentation_are_taken_up_too(tmp_path):
     resumed = resnet(checkpoint_dir=tmp_path)
     assert_same(resumed, whole)
     chex.assert_trees_all_equal(
-        *(jax.tree.map(np.asarray, r.state.state) for r in (resumed, whole))
+        *(jax.tree.map(np.asarray, r.state.model_state) for r in (resumed, whole))
     )
 
 
