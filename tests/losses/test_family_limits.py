@@ -209,6 +209,13 @@ def test_nst_does_not_hold_pairs_of_maps(kernel):
         np.testing.assert_allclose(losses.nst(a, b), naive_nst(a, b), rtol=1e-2)
 
 
+def test_the_memory_that_the_docstring_of_nst_gives():
+    shapes = (64, 8, 8, 64), (64, 8, 8, 256)
+    for function, mebibytes in ((losses.nst, 21), (naive_nst, 391)):
+        assert f"{mebibytes}" in losses.nst.__doc__
+        assert temporary_bytes(function, *shapes) / 2**20 == pytest.approx(mebibytes, rel=0.1)
+
+
 @pytest.mark.parametrize("kernel", ["rbf", "energy"])
 def test_mmd_does_not_hold_pairs_of_features(kernel):
     n, d = 96, 128
