@@ -1,6 +1,5 @@
 """The measuring instrument: its tables, its files, its judgement of right and wrong answers."""
 
-import functools
 import inspect
 import json
 import pathlib
