@@ -133,7 +133,7 @@ class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut, ``relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))``.
 
     Args:
-      in_width: channels of the input.
+      in_width: channels of the input ``[n, h, w, in_width]``.
       width: channels of the output.
       stride: of the first convolution; 2 halves height and width.
       dtype: what the convolutions compute in.
@@ -175,7 +175,7 @@ class BasicBlock(nnx.Module):
 class Bottleneck(nnx.Module):
     """A 1x1, a 3x3 and a 1x1 convolution and a shortcut, four times as wide at its ends.
 
-    Arguments and errors as of `BasicBlock`; the output has 4 * width channels.
+    Arguments and errors as of `BasicBlock`; the output is ``[n, h, w, 4 * width]``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -44,7 +44,7 @@ def w2(
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n (a bank of them, say).
       solver: "sinkhorn" (entropic, log domain, any n and m), "ipot" (inexact proximal point:
         no entropic bias, any n and m) or "exact" (Hungarian, n = m). Where Sinkhorn has not
-        converged after 100 iterations (clusters that hold different mass on the two sides, say)
+        converged after 500 iterations (clusters that hold different mass on the two sides, say)
         the proximal point method takes over.
       epsilon: > 0, the strength of the entropy, relative to a lower bound of the cost itself
         (the better of two dual solutions, at least 0.1% of the mean cost): 0.01 keeps the value

@@ -47,7 +47,7 @@ def test_help_fits_a_screen(name, width, height):
     assert all(len(line) <= width for line in lines[1:])  # the usage is one line for the shell
     assert f"    python -m experiments.{name}" in "\n".join(lines)
     told = " ".join(" ".join(line.strip("│ ").split()) for line in lines)
-    assert told.count("(default: ") == len(flags(lines)) > 0
+    assert told.count("(default: ") + told.count("(required)") == len(flags(lines)) > 0
     if "coef" in flags(lines) and "metric" in flags(lines):
         assert "jw2:beta=0.5" in told and "nats per unit of the metric" in told
 

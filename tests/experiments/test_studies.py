@@ -73,7 +73,7 @@ def test_a_run_with_auto_records_lambda(finished_run):
         (["--coef=auto:x"], "--coef: coef must be a number >= 0"),
         (["--coef=automatic"], "'auto:RATIO' with RATIO > 0, got 'automatic'"),
         (["--coef=auto", "--task-coef=0"], "--coef=auto follows the cross-entropy"),
-        (["--coef=auto", "--metric=kd+cw2"], "--coef needs 2 numbers for --metric=kd+cw2"),
+        (["--coef=1", "--metric=kd+cw2"], "--coef needs 2 numbers for --metric=kd+cw2"),
     ],
 )
 def test_a_mistake_with_auto(flags, message, monkeypatch, capsys, tmp_path):

@@ -60,7 +60,7 @@ def test_w2_where_clusters_differ_in_mass(n, m, wrong):
     x = centres[placed] + 0.1 * rng.normal(size=(n, 64))
     y = centres[labels] + 0.1 * rng.normal(size=(m, 64))
     value, info = losses.w2(*single(x, y), has_aux=True)
-    assert info.converged and info.n_iters > 100
+    assert info.converged and info.n_iters > 500
     np.testing.assert_allclose(value, oracles.w2(x, y), rtol=1e-2)
     assert np.abs(info.coupling.sum(0) - 1 / m).sum() < 1e-3  # the solvers' own limit is half of it
 
