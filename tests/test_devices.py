@@ -91,7 +91,7 @@ def test_value_and_gradient_do_not_depend_on_the_number_of_devices(name, wrapper
         pytest.skip("in a process of its own: test_eight_devices")
     value, moved = update(name, on(wrapper, devices))
     expected, gradient = one_device(name)
-    assert expected > 0.01
+    assert expected > 1e-4  # something to compare: wkd-l, at its temperature of 8, is 6e-4
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     for parameter in gradient:
         scale = np.abs(gradient[parameter]).max()
