@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments._common import figures, report, restore
-from experiments._common.train import fit_options
-from kd2m_jax import Outputs, fit, losses, theory
+from experiments._common.train import coefficient, fit_options
+from kd2m_jax import Outputs, fit, theory
 from kd2m_jax._batches import steps_per_epoch
 
 # The chain holds to about 3e-4 in float32 (theory.bound).
@@ -93,9 +93,8 @@ def _over_training(run: restore.Finished, phase: str, points: int) -> Iterator[t
     stops = sorted({int(min(e * per_epoch, last)) for e in epochs})
     options: dict[str, Any] = {}
     if phase == "distilled":
-        sum_ = isinstance(run.metric, losses.MetricSum)
         options = {"teacher": run.trained["teacher"], "metric": run.metric}
-        options |= {"coef": 1.0 if sum_ else config["coef"][0], "task_coef": config["task_coef"]}
+        options |= {"coef": coefficient(config, data), "task_coef": config["task_coef"]}
     yield 0.0, _evaluated(run.fresh["student"])
     with tempfile.TemporaryDirectory() as folder:
         for stop in tqdm(stops, desc=report.TITLES[phase], unit=" points"):

@@ -22,10 +22,11 @@ from experiments._common.train import (
     _metric,
     _with_class_cost,
     _with_projector,
+    coefficient,
     configured,
     fit_options,
 )
-from kd2m_jax import NonFiniteLoss, fit, losses
+from kd2m_jax import NonFiniteLoss, fit
 from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._checkpoints import Checkpoints
 from kd2m_jax.step import TrainState
@@ -52,7 +53,10 @@ def _groups(cells: list[Cell]) -> Iterator[tuple[pathlib.Path, list[Cell]]]:
     waiting = {
         label: cell
         for label, cell in by_label.items()
-        if cell.diverged is None and not any((_own(cell) / "last").glob("*"))
+        if cell.diverged is None
+        and not any((_own(cell) / "last").glob("*"))
+        # It brings a weight of the labels of its own, and `fit` has one for all.
+        and cell.settings.distillation.coef != "published"
     }
     for file in sorted(seed.glob("together-*/labels.json")):
         labels = json.loads(file.read_text())
@@ -99,10 +103,7 @@ def _train(folder: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
             dataset.train,
             teacher=teacher,
             metric=metrics,
-            coef=[
-                1.0 if isinstance(metric, losses.MetricSum) else config["coef"][0]
-                for metric, (config, *_) in zip(metrics, parts, strict=True)
-            ],
+            coef=[coefficient(config, dataset) for config, *_ in parts],
             task_coef=config["task_coef"],
             eval_data=dataset.test,
             log_every=LOG_EVERY,

@@ -83,14 +83,9 @@ def distil(settings: Settings, dataset: Dataset, alone: pathlib.Path | None = No
     ``alone`` is where the checkpoints of the student alone are kept, if not in the run folder: a
     table trains it once for all metrics.
     """
-    config = configuration(settings, dataset)
+    config, teacher, student = configured(settings, dataset)
     _check_processes_agree(config)
     metric = _metric(config)
-    known = losses.METRICS[metric.name].published if isinstance(metric, losses.Metric) else None
-    if known and config["coef"] == ["published"]:
-        config |= {"published": known._asdict(), "task_coef": known.task_coef}
-    teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
-    config["parameters"] = {"teacher": _parameters(teacher), "student": _parameters(student)}
     _check_batch(config, dataset)
     distilled = student if metric is None else _with_projector(student, teacher, dataset, metric)
     out = settings.run.out or f"runs/{dataset.name}-{config['metric']}-{config['seed']}"
@@ -345,6 +340,10 @@ def _try_out(metric, student: Outputs, teacher: Outputs) -> None:
 def configured(settings: Settings, dataset: Dataset) -> tuple[dict, nnx.Module, nnx.Module]:
     """What `distil` puts into config.json, and the teacher and student that it starts from."""
     config = configuration(settings, dataset)
+    metric = _metric(config)
+    known = losses.METRICS[metric.name].published if isinstance(metric, losses.Metric) else None
+    if known and config["coef"] == ["published"]:
+        config |= {"published": known._asdict(), "task_coef": known.task_coef}
     teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
     config["parameters"] = {"teacher": _parameters(teacher), "student": _parameters(student)}
     return config, teacher, student

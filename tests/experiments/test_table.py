@@ -348,3 +348,12 @@ def test_lambda_0_is_the_student_alone_to_the_bit(monkeypatch, tmp_path):
                               (tmp_path / "digits/seed0/l2=0", "distilled"))
     )  # fmt: skip
     assert alone == distilled and len(alone) > 1
+
+
+def test_a_cell_with_the_published_weights_is_reused(monkeypatch, tmp_path):
+    flags = [*TINY, f"--out={tmp_path}", "--seeds=1", "--metrics", "kd=published"]
+    in_process(monkeypatch, *flags)
+    monkeypatch.setattr(train, "fit", None)
+    in_process(monkeypatch, *flags)
+    rows = json.loads((tmp_path / "table.json").read_text())["datasets"]["digits"]["rows"]
+    assert rows["kd=published"]["coef"] == "published"
