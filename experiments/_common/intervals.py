@@ -10,8 +10,10 @@ from scipy import stats
 
 LEVEL = 0.95
 
+Scores = ArrayLike | Sequence[float | None]
 
-def summary(values: ArrayLike) -> dict:
+
+def summary(values: Scores) -> dict:
     """Mean, standard deviation (over n - 1) and 95% t-interval of the mean; None where n = 1.
 
     A value that is None, of a run that diverged, is left out; the mean of nothing is None.
@@ -25,7 +27,7 @@ def summary(values: ArrayLike) -> dict:
     return {"mean": mean, "sd": sd, "interval": _interval(mean, sd, len(x))}
 
 
-def paired(values: ArrayLike, reference: ArrayLike) -> dict:
+def paired(values: Scores, reference: Scores) -> dict:
     """The mean difference of pairs, its 95% t-interval and two-sided p-value.
 
     A pair with None on one side is left out. One pair, or differences that are all the same, say
@@ -52,14 +54,14 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def compare(scores: dict[str, list[float]], reference: ArrayLike) -> dict[str, dict]:
+def compare(scores: dict[str, list[float | None]], reference: Scores) -> dict[str, dict]:
     """`paired` of each with a reference, with p adjusted for the number compared."""
     found = {name: paired(values, reference) for name, values in scores.items()}
     adjusted = holm([d["p"] for d in found.values()])
     return {name: {**d, "p_holm": p} for (name, d), p in zip(found.items(), adjusted, strict=True)}
 
 
-def pairs(scores: dict[str, list[float]]) -> list[dict]:
+def pairs(scores: dict[str, list[float | None]]) -> list[dict]:
     """Each with each other, adjusted for the number of pairs."""
     names = list(itertools.combinations(scores, 2))
     found = [paired(scores[a], scores[b]) for a, b in names]

@@ -12,6 +12,7 @@ import jax
 from tqdm import tqdm
 
 from experiments._common import restore
+from experiments._common.cli import UsageError
 from experiments._common.configuration import teacher_name
 from experiments._common.data import Dataset
 from experiments._common.folder import RunFolder
@@ -113,8 +114,11 @@ def _train(folder: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
         )
     states = [result.state for result in results]
     with contextlib.closing(Checkpoints(folder)) as shared:
-        saved = shared.restore(states), shared.restore([s.variables for s in states], best=True)
-    (_, record), (best, _) = saved
+        last = shared.restore(states)
+        best = shared.restore([state.variables for state in states], best=True)
+    if last is None or best is None:
+        raise UsageError(f"the checkpoints in {folder} cannot be read: delete it to train anew")
+    (_, record), (best, _) = last, best
     for i, (cell, (config, *_)) in enumerate(zip(group, parts, strict=True)):
         with RunFolder.opened(cell.path, config, resume=True) as own:
             _describe(own, len(group), progress.images_per_second())

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,8 +60,12 @@ def _dataset(cells: list[Cell], name: str, examples: dict[str, int]) -> dict:
     """All numbers of one data set."""
     config = json.loads((cells[0].path / "config.json").read_text())
     asked = {c.row: c.settings.distillation for c in cells}
-    published = dict(zip(_ROWS, PUBLISHED[name], strict=True)) if name in PUBLISHED else {}
-    epochs = {"teacher": [scores(c, "teacher") for c in cells if c.row == ALONE]}
+    published: dict[str, float] = {}
+    if name in PUBLISHED:
+        published = dict(zip(_ROWS, PUBLISHED[name], strict=True))
+    epochs: dict[str, list[list[Any]]] = {
+        "teacher": [scores(c, "teacher") for c in cells if c.row == ALONE]
+    }
     for cell in cells:
         phase = "student" if cell.row == ALONE else "distilled"
         epochs.setdefault(cell.row, []).append(scores(cell, phase))
@@ -76,8 +81,8 @@ def _dataset(cells: list[Cell], name: str, examples: dict[str, int]) -> dict:
         numbers["coef"] = None if row in TITLES else asked[row].coef
         numbers["diverged"] = {c.seed: c.diverged for c in own if c.diverged is not None}
         numbers["dates"] = [provenance.date(c) for c in own]
-    # Neither of the student alone: the weight of the labels beside a distance.
-    weights = {d.task_coef for row, d in asked.items() if row != ALONE}
+    # Beside a distance, so not of the student alone; published weights bring their own.
+    weights = {d.task_coef for d in asked.values() if d.metric != ALONE and d.coef != "published"}
     task_coef = weights.pop() if weights else None
     return {
         "examples": examples,
