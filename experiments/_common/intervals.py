@@ -78,6 +78,11 @@ def verdict(difference: dict, p: str = "p") -> int:
     return int(np.sign(difference["mean"])) if known else 0
 
 
+def p_text(p: float | None) -> str:
+    """A p-value to three digits, for a table."""
+    return "unknown" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _interval(mean: float, sd: float | None, n: int) -> list[float] | None:
     if sd is None:
         return None

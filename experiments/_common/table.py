@@ -153,7 +153,10 @@ def _rows(found: dict) -> list[list[str]]:
         cells = [_name(name), row.get("coef") or "", _mean(row["last"])]
         cells += [_difference(difference["mean"]) if difference else ""]
         cells += [_interval(difference.get("interval")) if difference else ""]
-        cells += [_p(difference["p_holm"]) if "p_holm" in difference else "", _mean(row["best"])]
+        cells += [
+            intervals.p_text(difference["p_holm"]) if "p_holm" in difference else "",
+            _mean(row["best"]),
+        ]
         table.append(cells + [f"{row['published']:.2f}" if row["published"] else ""] * published)
     return table
 
@@ -177,10 +180,6 @@ def _difference(mean: float | None) -> str:
 
 def _interval(interval: list[float] | None) -> str:
     return f"[{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "unknown"
-
-
-def _p(p: float | None) -> str:
-    return "unknown" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _sentence(found: dict) -> str:

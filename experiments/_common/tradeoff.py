@@ -98,7 +98,7 @@ def _row(coef: str, found: dict) -> tuple[str, ...]:
         _mean(found["accuracy"]) + _diverged(found),
         "unknown" if d["mean"] is None else f"{d['mean']:+.2f}",
         f"[{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else "unknown",
-        "unknown" if d["p_holm"] is None else f"{d['p_holm']:.3f}",
+        intervals.p_text(d["p_holm"]),
         *(
             "unknown" if mean is None else f"{mean:.4g}"
             for mean in (found["task_loss"]["mean"], found["distillation_loss"]["mean"])
@@ -122,7 +122,7 @@ def _figure(path: pathlib.Path, found: dict) -> None:
     """Four panels over one logarithmic axis of lambda."""
     panels = (
         ("accuracy", "test accuracy (%)"),
-        ("difference", "accuracy minus student alone (points)"),
+        ("difference", "minus student alone (points)"),
         ("task_loss", "cross-entropy, training (nats)"),
         ("distillation_loss", "distance to the teacher, training"),
     )
@@ -162,7 +162,6 @@ def _figure(path: pathlib.Path, found: dict) -> None:
         if phase == "alone" and found[phase]["interval"]:
             axes[0].axhspan(*found[phase]["interval"], color=colour, alpha=0.15, linewidth=0)
     axes[1].axhline(0, color=figures.COLOURS["student"], linewidth=1)
-    # Where there is room: the distance falls with lambda.
-    handles = axes[0].get_legend_handles_labels()
-    axes[3].legend(*handles, loc="upper right", frameon=False, fontsize=8)
+    # Above, for where there is room inside depends on the metric.
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
     figures.finish(figure, path)
