@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import matplotlib
@@ -165,7 +166,8 @@ def machine() -> dict:
 
 def _precision() -> dict:
     """Whether float32 may mean TF32, as JAX's default has it on GPUs since Ampere."""
-    found: dict = {"jax": jax.config.jax_default_matmul_precision or "default"}
+    config: Any = jax.config
+    found: dict = {"jax": config.jax_default_matmul_precision or "default"}
     if torch := sys.modules.get("torch"):
         found["torch matmul"] = torch.get_float32_matmul_precision()
         found["torch cudnn.allow_tf32"] = torch.backends.cudnn.allow_tf32

@@ -48,7 +48,7 @@ def answer(name: str, student: Outputs, teacher: Outputs, labels, **options) -> 
     if options.get("covariance") == "diagonal":
         textbook = diagonal_gaussian_w2
     ridge = 0.1 * (x.var(0).mean() + y.var(0).mean()) / 2  # the losses' default shrinkage
-    expected = np.mean([textbook(x[p], y[p], ridge) for p in parts])
+    expected = float(np.mean([textbook(x[p], y[p], ridge) for p in parts]))
     off = float(metric(student, teacher, labels)) / expected - 1
     right = abs(off) <= GAUSSIAN_LIMIT
     return {"off by": f"{100 * off:+.4f}%", "answer": verdict(right)}
@@ -61,7 +61,7 @@ def verdict(right: bool) -> str:
 
 def metric_with_info(metric, student: Outputs, teacher: Outputs, labels):
     """A transport metric's value and `TransportInfo`."""
-    given = [student.features, teacher.features]
+    given: list = [student.features, teacher.features]
     if "labels" in metric.needs:
         given.append(labels)
     if "logits" in metric.needs:
@@ -75,7 +75,7 @@ def exact_w2(x: np.ndarray, y: np.ndarray) -> float:
     import ot
 
     cost = ot.dist(x.astype(np.float64), y.astype(np.float64))
-    return float(ot.emd2([], [], cost, numItermax=10_000_000))
+    return float(np.asarray(ot.emd2([], [], cost, numItermax=10_000_000)))
 
 
 def textbook_gaussian_w2(x: np.ndarray, y: np.ndarray, ridge: float = 0.0) -> float:

@@ -57,7 +57,7 @@ def measured(sizes: Sequence[int], repeats: int) -> list[dict]:
         cases, exchanged = [], 0
         for metric in (None, "cw2"):
             run, arguments = _program(n, metric)
-            exchanged = gathered_bytes(run.as_text())
+            exchanged = gathered_bytes(run.as_text() or "")
             cases.append(bench.Case({}, _once(run, *arguments)))
         none, cw2 = bench.measure(cases, repeats)
         name = {"devices": jax.device_count(), "n": n, "gathered bytes": exchanged}

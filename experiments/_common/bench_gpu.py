@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,8 @@ def forward_flops(module: nnx.Module) -> float:
     network, x = from_nnx(module), jnp.zeros((16, *SHAPE))
     forward = jax.jit(lambda v, x: network.apply(*v, x, train=False, rng=None)[0].logits)
     # Before XLA's passes, which hide convolutions in calls of cuDNN.
-    return forward.lower(network.init(None, x), x).cost_analysis()["flops"] / len(x)
+    costs: Any = forward.lower(network.init(None, x), x).cost_analysis()
+    return costs["flops"] / len(x)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -86,7 +86,7 @@ def torch_epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, re
     torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if dtype == "bfloat16" else torch.contiguous_format
     teacher, student = (
-        ResNet(DEPTHS[name]).to(device=device, memory_format=layout) for name in pair
+        ResNet(DEPTHS[name]).to(torch.device(device)).to(memory_format=layout) for name in pair
     )
     teacher.eval()
     optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9)
