@@ -266,9 +266,9 @@ for name in ("Linen", "bare JAX", "fit"):
     compare(name, "NNX")
 
 # %% [markdown]
-# Linen and `fit` are within one standard error of NNX. The bare loop is about two above it: with
-# momentum SGD it is pulled less far towards the teacher's features in these 100 steps, and learns
-# the labels sooner. That is its optimizer, or its seed: one run of each cannot say which.
+# A difference of about one standard error is what chance does; one of more than two says that these
+# two students differ, not why. The bare loop has another optimizer and other initial weights, and
+# learns the labels sooner: which of the two does it takes several seeds of each to say.
 #
 # **Try:** another loss: `losses.cw2(ours.features, theirs.features, labels)`, or
 # `losses.jw2(ours.features, theirs.features, ours.logits, theirs.logits)`.
@@ -317,10 +317,10 @@ plt.show()
 
 # %% [markdown]
 # The two values cannot be compared with each other: they measure different things. Neither student
-# is above the one alone: `projected` is level with it, `gw2` about two standard errors or more
-# below. λ matters more here than the metric: with `coef=LAMBDA` instead of `"auto"` the projected
-# student ended at 78.7%. Through a fresh projector the distance begins at some hundreds, so λ times
-# it is several nats, against 2.3 of cross-entropy, and the student learns features first.
+# is above the one alone: `projected` is level with it, `gw2` more than two standard errors below.
+# λ matters more here than the metric: with `coef=LAMBDA` instead of `"auto"` the projected student
+# ended at 78.7%. Through a fresh projector the distance begins at some hundreds, so λ times it is
+# several nats, against 2.3 of cross-entropy, and the student learns features first.
 #
 # ## A teacher from torch
 #
