@@ -207,8 +207,11 @@ def _nuclear_norm(x: jax.Array, y: jax.Array, groups: Groups) -> jax.Array:
     # so that one tolerance tells rounding from signal in all of them.
     norms = [jax.lax.stop_gradient(groups.total(jnp.sum(z**2, axis=1))) for z in (x, y)]
     scale = jnp.sqrt(norms[0]) * jnp.sqrt(norms[1])
-    scale = jnp.where(scale > 0, scale, 1)
-    polar = _polar_factor(jax.lax.stop_gradient(k) / scale[:, None])
+    unit = jax.lax.stop_gradient(k) / jnp.where(scale > 0, scale, 1)[:, None]
+    # Then close to 1: where it is n times smaller, what the tolerance cuts off is a part of the
+    # value (0.5% at n = 1,024, d = 2,048). Below 1 / sqrt(n) K may be nothing but rounding.
+    size = jnp.sqrt(groups.total(jnp.sum(unit**2, axis=1)))
+    polar = _polar_factor(unit / jnp.maximum(size, len(k) ** -0.5)[:, None])
     return jnp.sum(jax.lax.stop_gradient(polar) * k)
 
 
