@@ -4,8 +4,8 @@
 
 Each suite prints a table (times in milliseconds: median and quartiles, runs in turn), says which
 answers are right and which targets are met, and writes SUITE.json, with machine, versions and
-date, and where costs grow with size a log-log plot into --out. On two CPU cores: peers 4 minutes,
-classes and gaussian half a minute each, growth 3 minutes, step 10, start 2, devices 3.
+date, and where costs grow with size a log-log plot into --out. On two CPU cores: peers 7 minutes,
+growth 4, step 5, devices 3, start and population 2 each, classes and gaussian half a minute each.
 """
 
 import dataclasses
