@@ -33,6 +33,8 @@ class Batches:
             x, labels = (jnp.asarray(a) for a in data)
             if len(x) != len(labels):
                 raise ValueError(f"{len(x)} inputs, but {len(labels)} labels")
+            if jnp.issubdtype(labels.dtype, jnp.integer) and (lowest := int(labels.min())) < 0:
+                raise ValueError(f"labels must be class numbers from 0 on, got {lowest}")
             if batch_size > len(x):
                 raise ValueError(f"batch_size {batch_size} is larger than the data ({len(x)})")
             self._arrays = place((x, labels))
@@ -45,6 +47,10 @@ class Batches:
             # What decides the order of the batches, beside the seed.
             self.settings = {"batch_size": batch_size, "examples": len(x), "per_class": per_class}
         else:
+            if hasattr(data, "shape"):
+                raise ValueError(
+                    "data must be (x, labels) or an iterable of such batches, got one array"
+                )
             self._iterable = data
             if per_class is not None:
                 raise ValueError("per_class orders arrays; an iterable brings its own batches")

@@ -65,7 +65,12 @@ class Log:
             if not math.isfinite(values["loss"]):
                 terms = ", ".join(f"{name} {value}" for name, value in values.items())
                 step = self._at[0] - len(losses) + 1 + i
-                raise NonFiniteLoss(f"the loss{self._whose} is not finite at step {step} ({terms})")
+                # Before anything was learnt: cross-entropy is NaN for a label beyond the logits.
+                hint = ": inputs not finite, or labels not below the number of classes?"
+                raise NonFiniteLoss(
+                    f"the loss{self._whose} is not finite at step {step} ({terms})"
+                    + (hint if step == 1 else "")
+                )
             self._window.append(values)
 
     def emit(self, scores: dict[str, float]) -> None:

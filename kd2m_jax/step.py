@@ -266,7 +266,7 @@ def auto_ratio(coef: str) -> float:
     if name != "auto" or not 0 < value < float("inf"):
         raise ValueError(
             f"coef must be a number >= 0, a schedule, 'auto' or 'auto:RATIO' with RATIO > 0, got "
-            f"{coef!r}"
+            f"{coef!r} (authors' weights: losses.published)"
         )
     return value
 

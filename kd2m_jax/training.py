@@ -59,6 +59,12 @@ class FitResult(NamedTuple):
     history: list[dict]
     state: TrainState
 
+    def __repr__(self) -> str:
+        """A line: the arrays would fill screens."""
+        last = {k: v for r in self.history for k, v in r.items() if k == "test_accuracy"}
+        tested = "".join(f", last {name} {value:.3f}" for name, value in last.items())
+        return f"FitResult({type(self.student).__name__}, {len(self.history)} records{tested})"
+
 
 def fit(
     student: Model | list[Model],
@@ -172,7 +178,10 @@ def fit(
             "has; coef 0 leaves a metric without effect"
         )
     if without != {teacher is None}:
-        raise ValueError("a teacher and a metric to compare with it come together: got only one")
+        missing = "metric" if teacher is not None else "teacher"
+        raise ValueError(
+            f"a teacher and a metric to compare with it come together, and {missing} is missing"
+        )
     devices = list(devices or jax.devices())
     here = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()]
     preprocess = preprocess or (lambda x, keys: x)

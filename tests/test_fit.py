@@ -335,6 +335,19 @@ def test_a_projector_of_maps_matches_the_teachers_channels():
         projected(net)
 
 
+def test_a_label_beyond_the_classes_is_hinted_at():
+    with pytest.raises(NonFiniteLoss, match=r"at step 1 .*labels not below the number of classes"):
+        fit(mlp(1), (np.ones((16, D)), np.full(16, 99)), epochs=1, batch_size=16)
+
+
+def test_a_result_is_written_as_a_line():
+    result = fit(mlp(1), data(), epochs=1, batch_size=16, eval_data=data(1))
+    accuracy = result.history[-1]["test_accuracy"]
+    records = len(result.history)
+    expected = f"FitResult(MLP, {records} records, last test_accuracy {accuracy:.3f})"
+    assert repr(result) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -343,10 +356,12 @@ def test_a_projector_of_maps_matches_the_teachers_channels():
         ({"batch_size": 500}, r"batch_size 500 is larger than the data \(96\)"),
         ({"per_class": 5}, "per_class must divide batch_size 16, got 5"),
         ({"batch_size": 10}, "a batch of 10 does not split evenly over 4 devices"),
-        ({"teacher": mlp(0), "metric": None}, "a teacher and a metric .* come together"),
-        ({"teacher": None, "metric": "w2"}, "a teacher and a metric .* come together"),
+        ({"teacher": mlp(0), "metric": None}, "come together, and metric is missing"),
+        ({"teacher": None, "metric": "w2"}, "come together, and teacher is missing"),
         ({"teacher": from_nnx(mlp(0)), "metric": "w2"}, "teacher_variables is needed"),
         ({"data": (np.ones((4, D)), np.zeros(3, int))}, "4 inputs, but 3 labels"),
+        ({"data": (np.ones((16, D)), np.full(16, -1))}, "class numbers from 0 on, got -1"),
+        ({"data": np.ones((16, D))}, r"data must be \(x, labels\) or .*, got one array"),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -140,14 +140,16 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
     from kd2m_jax._processes import ProcessLost
 
-    # A table takes up what is there without being asked.
-    again = "the same command" + (" with --resume" if hasattr(settings, "run") else "")
+    if isinstance(settings, Settings):
+        again = "the same command with --resume continues"
+    else:  # a table takes up what is there without being asked, a study of one run keeps nothing
+        again = f"the same command {'starts again' if hasattr(settings, 'run') else 'continues'}"
     try:
         run(settings)
     except (UsageError, DataError, CheckpointError) as error:
         sys.exit(_fail(error, 2))
     except Stopped as stopped:
-        sys.exit(_fail(f"stopped and saved; {again} continues", stopped.code))
+        sys.exit(_fail(f"stopped and saved; {again}", stopped.code))
     except NonFiniteLoss as error:
         advice = "try a smaller --coef, or a --protocol with a smaller learning rate"
         sys.exit(_fail(f"{error}; {advice}", 1))
@@ -155,7 +157,7 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
         _fail(f"{lost}; the same command with --resume continues", 1)
         os._exit(1)  # the ordinary end waits for all processes
     except KeyboardInterrupt:
-        sys.exit(_fail(f"stopped; {again} continues", 130))
+        sys.exit(_fail(f"stopped; {again}", 130))
 
 
 def _summary(doc: str) -> str:

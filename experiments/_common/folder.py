@@ -72,7 +72,9 @@ class RunFolder:
         aside.mkdir()
         for name in names:
             shutil.move(self.path / name, aside / name)
-        print(f"An earlier run's files are now in {aside} (--resume would continue it).")
+        print(
+            f"An earlier run's files are now in {aside} (to continue a run, start with --resume)."
+        )
 
     def write_environment(self, **more) -> None:
         """Versions and machine, what may explain a difference between two runs."""

@@ -120,11 +120,14 @@ def clouds(z_s: ArrayLike, z_t: ArrayLike, *, paired: bool = False) -> tuple[jax
 
 def class_labels(labels: ArrayLike, n: int) -> jax.Array:
     """Integer labels ``[n]``."""
-    labels = jnp.asarray(labels)
+    given, labels = getattr(labels, "dtype", None), jnp.asarray(labels)
+    one_hot = "one-hot ones become numbers by labels.argmax(-1)"
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        hint = one_hot if labels.ndim == 2 else "use labels.astype(int)"
+        raise TypeError(f"labels must be integers, got {given or labels.dtype}: {hint}")
     if labels.shape != (n,):
-        raise ValueError(f"labels must have shape [{n}], got {list(labels.shape)}")
+        hint = f": {one_hot}" if labels.ndim == 2 else ""
+        raise ValueError(f"labels must have shape [{n}], got {list(labels.shape)}{hint}")
     return labels
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import digits
+from experiments import bound, digits, table
 from experiments.__main__ import NAMES
 from experiments._common import cli
 from kd2m_jax import NonFiniteLoss
@@ -67,3 +67,22 @@ def test_a_loss_that_is_not_finite_says_what_to_try(monkeypatch, capsys):
         cli.main(digits.DEFAULTS, run, module="experiments.digits", description=None)
     assert stop.value.code == 1
     assert "at step 3; try a smaller --coef" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "end"),
+    [
+        ("digits", digits.DEFAULTS, "with --resume continues"),
+        ("table", table.Table(), "the same command continues"),
+        ("bound", bound.Bound(run="somewhere"), "the same command starts again"),
+    ],
+)
+def test_a_main_that_is_stopped_says_how_to_go_on(name, settings, end, monkeypatch, capsys):
+    def run(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(settings, run, module=f"experiments.{name}", description=None)
+    assert stop.value.code == 130
+    assert end in capsys.readouterr().err

@@ -80,7 +80,7 @@ def test_w2_between_clouds_of_unequal_size(n, m):
 
 
 def test_small_singular_values_are_kept_in_a_large_batch():
-    """Many small ones, of which a tolerance relative to the clouds' norms lost 0.3% of the value."""
+    """A tolerance relative to the clouds' norms lost 0.3% of the value here."""
     rng = np.random.default_rng(0)
     centres, labels = rng.normal(size=(10, 512)), np.arange(512) % 10
     y = centres[labels] + 0.5 * rng.normal(size=(512, 512))
