@@ -61,9 +61,9 @@ class FitResult(NamedTuple):
 
     def __repr__(self) -> str:
         """A line: the arrays would fill screens."""
-        last = {k: v for r in self.history for k, v in r.items() if k == "test_accuracy"}
-        tested = "".join(f", last {name} {value:.3f}" for name, value in last.items())
-        return f"FitResult({type(self.student).__name__}, {len(self.history)} records{tested})"
+        tests = [r["test_accuracy"] for r in self.history if "test_accuracy" in r]
+        last = f", last test_accuracy {tests[-1]:.3f}" if tests else ""
+        return f"FitResult({type(self.student).__name__}, {len(self.history)} records{last})"
 
 
 def fit(
@@ -143,7 +143,8 @@ def fit(
 
     Raises:
       ValueError: lists of unequal lengths, epochs or batch_size below 1, a batch larger than the
-        data or not divisible by the number of devices, a teacher without a metric or the reverse;
+        data or not divisible by the number of devices, labels of arrays below 0, data that is one
+        array, a teacher without a metric or the reverse;
         CheckpointError, which is one, for a checkpoint of another network or made with another
         seed, batch size, number of examples, metric or coef, and for a folder that cannot be
         written or is in use by another process.
