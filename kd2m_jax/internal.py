@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from kd2m_jax._batches import steps_per_call as steps_per_call
     from kd2m_jax._batches import steps_per_epoch as steps_per_epoch
     from kd2m_jax._checkpoints import Checkpoints as Checkpoints
+    from kd2m_jax._compiler import compiler_flags as compiler_flags
+    from kd2m_jax._compiler import set_compiler_flags as set_compiler_flags
     from kd2m_jax._locks import locked as locked
     from kd2m_jax._processes import ProcessLost as ProcessLost
     from kd2m_jax._processes import after_first as after_first
@@ -33,6 +35,8 @@ _HOMES = {
     "steps_per_call": "_batches",
     "steps_per_epoch": "_batches",
     "Checkpoints": "_checkpoints",
+    "compiler_flags": "_compiler",
+    "set_compiler_flags": "_compiler",
     "locked": "_locks",
     "ProcessLost": "_processes",
     "after_first": "_processes",

@@ -3,13 +3,12 @@
 import os
 import tempfile
 
+from kd2m_jax.internal import set_compiler_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Unoptimised machine code (XLA's own passes stay): compiling is most of what the tests do, and
-# it takes half as long.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-)
+# Compiling is most of what the tests do, so they run unoptimised machine code.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+set_compiler_flags(optimised=False)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax

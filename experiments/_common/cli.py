@@ -10,6 +10,8 @@ from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+from kd2m_jax.internal import set_compiler_flags
+
 T = TypeVar("T")
 
 
@@ -136,6 +138,7 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
         description=_summary(description or ""),
     )
     _keep_compiled_programs()
+    set_compiler_flags()
     from experiments._common.data import DataError
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
     from kd2m_jax._processes import ProcessLost
@@ -176,7 +179,7 @@ def _keep_compiled_programs() -> None:
     """Tell JAX, before it is imported, to keep XLA's programs in the user's cache."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "kd2m_jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _fail(message: object, status: int) -> int:
