@@ -11,8 +11,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 set_compiler_flags(optimised=False)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Only after the import: for the experiments that tests start as processes of their own, which
 # would keep their programs in the user's home.

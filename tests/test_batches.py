@@ -12,7 +12,7 @@ from clouds import draw
 from flax import nnx
 
 from kd2m_jax import fit, from_nnx, init_state, make_train_step, models, training
-from kd2m_jax._batches import Batches, steps_per_call
+from kd2m_jax.training._batches import Batches, steps_per_call
 
 N, D = 96, 10
 
@@ -152,7 +152,7 @@ def test_an_accelerator_makes_many_steps_a_call_and_a_shorter_last_one(steps, ex
 
 def test_a_call_is_under_way_while_the_one_before_is_recorded(monkeypatch):
     """Or the device would wait for the callbacks of each call that has log_every steps."""
-    events, mapped = [], training._mapped
+    events, mapped = [], training._plan._mapped
 
     def watched(*arguments):
         step = mapped(*arguments)
@@ -163,8 +163,8 @@ def test_a_call_is_under_way_while_the_one_before_is_recorded(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(training, "_mapped", watched)
-    monkeypatch.setattr(training, "steps_per_call", lambda device, batches: 4)
+    monkeypatch.setattr(training._plan, "_mapped", watched)
+    monkeypatch.setattr(training._plan, "steps_per_call", lambda device, batches: 4)
     told = [lambda record: events.append(f"record {record['step']}")]
     x, labels = data()
     fit(mlp(1), (x[:80], labels[:80]), epochs=1, batch_size=8, log_every=4, callbacks=told)

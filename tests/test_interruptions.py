@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, doubled or damaged lose nothing and end with the same bits."""
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -16,14 +17,15 @@ from clouds import draw
 from flax import nnx
 
 from kd2m_jax import CheckpointError, Stopped, fit, models
-from kd2m_jax._checkpoints import Checkpoints
 from kd2m_jax._locks import locked
+from kd2m_jax.training import _session as session_module
+from kd2m_jax.training._checkpoints import Checkpoints
 
 N, D = 96, 10
 
 
-class Killed(Exception):
-    """What a kill is to the loop: the end, wherever it stands."""
+class Killed(BaseException):
+    """What a kill is to the loop: the end, wherever it stands, without a last save."""
 
 
 def data(seed=0):
@@ -179,22 +181,23 @@ def flip_a_bit(folder):
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_a_damaged_checkpoint_is_passed_over_aloud(damage, whole, tmp_path, caplog):
     with pytest.raises(Killed):
-        run(checkpoint_dir=tmp_path, callbacks=[at(14, kill)])
-    assert {path.name for path in (tmp_path / "last").iterdir()} == {"6", "12"}
-    damage(tmp_path / "last" / "12")
+        run(checkpoint_dir=tmp_path, callbacks=[at(14, kill)], save_every=0)
+    assert {path.name for path in (tmp_path / "last").iterdir()} == {"13", "14"}
+    damage(tmp_path / "last" / "14")
     with caplog.at_level(logging.WARNING, logger="kd2m_jax"):
         resumed = run(checkpoint_dir=tmp_path)
-    assert "the checkpoint of step 12" in caplog.text and "the one before is used" in caplog.text
+    assert "the checkpoint of step 14" in caplog.text and "the one before is used" in caplog.text
     assert_same(resumed, whole)
     # It is not ours to delete.
-    (aside,) = (tmp_path / "last").glob("12.unreadable-*")
-    assert files_of(aside) and {"18", "24", aside.name} == names(tmp_path / "last")
+    (aside,) = (tmp_path / "last").glob("14.unreadable-*")
+    assert files_of(aside) and {"13", "24", aside.name} == names(tmp_path / "last")
 
 
 def test_without_a_checkpoint_that_can_be_read_a_run_begins_again_aloud(whole, tmp_path, caplog):
     with pytest.raises(Killed):
-        run(checkpoint_dir=tmp_path, callbacks=[at(8, kill)])
-    (tmp_path / "last" / "6" / "record" / "metadata").write_text("{}")
+        run(checkpoint_dir=tmp_path, callbacks=[at(8, kill)], save_every=0)
+    for folder in (tmp_path / "last").iterdir():
+        (folder / "record" / "metadata").write_text("{}")
     with caplog.at_level(logging.WARNING, logger="kd2m_jax"):
         assert_same(run(checkpoint_dir=tmp_path), whole)
     assert "no earlier one: starting from the beginning" in caplog.text
@@ -272,14 +275,154 @@ def test_killed_between_and_inside_the_two_saves_of_an_epoch(folder, whole, tmp_
     expected = run(**improving)
     monkeypatch.setattr(CheckpointManager, "save", dying)
     with pytest.raises(Killed):
-        run(checkpoint_dir=tmp_path, **improving)
+        run(checkpoint_dir=tmp_path, save_every=0, **improving)
     monkeypatch.undo()
     assert_same(run(checkpoint_dir=tmp_path, **improving), expected)
 
 
 def test_a_checkpoint_moves_to_another_number_of_devices(whole, tmp_path):
     with pytest.raises(Killed):
-        run(checkpoint_dir=tmp_path, devices=jax.devices()[:1], callbacks=[at(14, kill)])
+        run(
+            checkpoint_dir=tmp_path,
+            devices=jax.devices()[:1],
+            callbacks=[at(14, kill)],
+            save_every=0,
+        )
     resumed = run(checkpoint_dir=tmp_path, devices=jax.devices())
     for found, expected in zip(resumed.history, whole.history, strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_is_saved_by_time_within_an_epoch_too(tmp_path, monkeypatch):
+    """Each call takes a second here, and an endless loader has no end of an epoch."""
+    x, labels = data()
+    clock = itertools.count()
+    monkeypatch.setattr(session_module.time, "monotonic", lambda: next(clock))
+    batches = [(x[i : i + 16], labels[i : i + 16]) for i in range(0, N, 16)]
+
+    class Endless:
+        def __iter__(self):
+            return itertools.cycle(batches)
+
+    options = {"data": Endless(), "max_steps": 40, "optimizer": optax.sgd(0.02)}
+    with pytest.raises(Killed):
+        run(checkpoint_dir=tmp_path, save_every=20, callbacks=[at(30, kill)], **options)
+    saved = sorted(map(int, names(tmp_path / "last")))
+    assert saved and 10 < saved[-1] < 30
+    monkeypatch.undo()
+    assert_same(run(checkpoint_dir=tmp_path, **options), run(**options))
+
+
+def test_save_every_0_saves_after_every_call_and_the_default_at_the_end_alone(tmp_path):
+    run(checkpoint_dir=tmp_path / "each", save_every=0, epochs=1)
+    assert names(tmp_path / "each" / "last") == {"5", "6"}
+    run(checkpoint_dir=tmp_path / "end", epochs=2)
+    assert names(tmp_path / "end" / "last") == {"12"}
+    with pytest.raises(ValueError, match="save_every must be >= 0 seconds, got -1"):
+        run(save_every=-1)
+
+
+class Broken(Exception):
+    pass
+
+
+def breaking(batches, at):
+    """An iterable of batches that raises in the first pass, before the given one."""
+    passes = []
+
+    class Data:
+        def __len__(self):
+            return len(batches)
+
+        def __iter__(self):
+            passes.append(None)
+            for i, batch in enumerate(batches):
+                if i == at and len(passes) == 3:  # the first pass looks at the first batch alone
+                    raise Broken
+                yield batch
+
+    return Data()
+
+
+def test_data_that_raises_loses_nothing(tmp_path):
+    x, labels = data()
+    batches = [(x[i : i + 16], labels[i : i + 16]) for i in range(0, N, 16)]
+    options = {"epochs": 2, "optimizer": optax.sgd(0.02)}
+    with pytest.raises(Broken):
+        run(data=breaking(batches, 3), checkpoint_dir=tmp_path, **options)
+    assert names(tmp_path / "last") == {"9"}
+    assert_same(run(data=batches, checkpoint_dir=tmp_path, **options), run(data=batches, **options))
+
+
+@pytest.mark.parametrize("step", [2, 6, 24])
+def test_a_callback_that_raises_loses_nothing(step, whole, tmp_path):
+    """Within an epoch, with its evaluation, and at the very end."""
+
+    def fail():
+        raise Broken
+
+    with pytest.raises(Broken):
+        run(checkpoint_dir=tmp_path, callbacks=[at(step, fail)])
+    # The call after the record's is under way by then, except at the end of an epoch.
+    assert names(tmp_path / "last") == {str(step + (step % 6 > 0))}
+    assert_same(run(checkpoint_dir=tmp_path), whole)
+
+
+def test_a_population_whose_callback_raises_loses_no_record(tmp_path):
+    def population(**options):
+        networks = [mlp(1), mlp(2)]
+        options |= {"epochs": 2, "batch_size": 16, "eval_data": data(1), "log_every": 4, "seed": 5}
+        return fit(networks, data(), teacher=mlp(0, 32), metric="cw2", coef=0.01, **options)
+
+    def fail(record):
+        if record["step"] == 6 and record["student"] == 0 and not record.get("replayed"):
+            raise Broken
+
+    with pytest.raises(Broken):
+        population(checkpoint_dir=tmp_path, callbacks=[fail])
+    for found, expected in zip(population(checkpoint_dir=tmp_path), population(), strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("step", [5, 14])
+def test_ctrl_c_finishes_the_step_and_saves(step, whole, tmp_path):
+    interrupt = at(step, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_dir=tmp_path, callbacks=[interrupt])
+    assert names(tmp_path / "last") == {str(step + 1)}
+    assert_same(run(checkpoint_dir=tmp_path), whole)
+
+
+def test_writing_into_a_record_breaks_no_save(whole, tmp_path):
+    def spoil(record):
+        record.clear()
+        record["step"] = object()
+
+    found = run(checkpoint_dir=tmp_path, callbacks=[spoil], save_every=0)
+    assert_same(found, whole)
+    assert_same(run(checkpoint_dir=tmp_path), whole)
+
+
+def test_the_best_checkpoint_is_the_one_of_the_save_that_is_taken_up(tmp_path, monkeypatch):
+    """Killed after a newer best one was written: the run before must not get it."""
+    from orbax.checkpoint import CheckpointManager
+
+    save = CheckpointManager.save
+    improving = {"eval_data": data(), "optimizer": optax.sgd(0.02)}
+
+    def dying(self, step, **arguments):
+        if self.directory.name == "last" and (tmp_path / "best" / "12").exists():
+            raise Killed
+        return save(self, step, **arguments)
+
+    monkeypatch.setattr(CheckpointManager, "save", dying)
+    with pytest.raises(Killed):
+        run(checkpoint_dir=tmp_path, save_every=0, **improving)
+    monkeypatch.undo()
+    assert max(map(int, names(tmp_path / "best"))) == 12
+    # Taken up before the evaluation of epoch 2, and not evaluated: the best is that of epoch 1.
+    cut = run(checkpoint_dir=tmp_path, max_steps=11, epochs=2, **improving)
+    x, labels = data()
+    accuracy = (np.asarray(cut.best(x).logits).argmax(1) == labels).mean()
+    tests = [r["test_accuracy"] for r in cut.history if "test_accuracy" in r]
+    assert accuracy == pytest.approx(max(tests))

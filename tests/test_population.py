@@ -10,14 +10,14 @@ from flax import nnx
 
 from kd2m_jax import (
     NonFiniteLoss,
-    _evaluation,
     fit,
     from_nnx,
     init_state,
     models,
-    step,
     training,
 )
+from kd2m_jax.internal import step_body
+from kd2m_jax.training._evaluation import evaluators
 
 N, D = 96, 10
 METRICS = ["cw2", "l2", "gaussian-w2"]
@@ -77,8 +77,7 @@ def test_students_of_one_structure_share_the_program_and_the_data_of_evaluation(
     students = [mlp(1), mlp(2), mlp(1), mlp(1, 16)]
     networks = [from_nnx(student) for student in students]
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    made = _evaluation.evaluators(students, networks, data(1), lambda x, keys: x, mesh)
-    assert made[0] is made[1] is made[2] is not made[3]
+    made = evaluators(networks, data(1), lambda x, keys: x, mesh)
 
     def cells(function):
         return {
@@ -86,6 +85,8 @@ def test_students_of_one_structure_share_the_program_and_the_data_of_evaluation(
             for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True)
         }
 
+    programs = [cells(one)["eval_step"].program for one in made]
+    assert programs[0] is programs[1] is programs[2] is not programs[3]
     assert cells(made[0])["x"] is cells(made[3])["x"]
 
 
@@ -127,7 +128,7 @@ def test_the_teacher_is_computed_once():
     (x, labels), optimizer = data(), optax.sgd(0.1)
     student, teacher = from_nnx(mlp(1)), from_nnx(mlp(0, 512))
     options = {"metric": "l2", "coef": 1.0, "task_coef": 1.0, "axis": None}
-    body = step.step_body(student, teacher, optimizer, **options)
+    body = step_body(student, teacher, optimizer, **options)
 
     def arithmetic(students):
         states = [init_state(student, optimizer, x, key=jax.random.key(0))] * students
@@ -144,12 +145,12 @@ def test_the_program_of_fit_computes_the_teacher_once():
     (x, labels), optimizer, devices = data(), optax.sgd(0.1), jax.devices()
     student, teacher = from_nnx(mlp(1)), from_nnx(mlp(0, 512))
     options = {"metric": "l2", "coef": 1.0, "task_coef": 1.0, "axis": "devices"}
-    body = step.step_body(student, teacher, optimizer, **options)
+    body = step_body(student, teacher, optimizer, **options)
     rows = np.arange(N).reshape(1, len(devices), -1)
 
     def arithmetic(students):
         states = [init_state(student, optimizer, x, key=jax.random.key(0))] * students
-        program = training._mapped([body] * students, lambda x, keys: 2 * x, devices)
+        program = training._plan._mapped([body] * students, lambda x, keys: 2 * x, devices)
         lowered = program.lower(states, teacher.init(None, x), rows, (x, labels))
         return lowered.compile().cost_analysis()["flops"]
 

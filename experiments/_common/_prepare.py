@@ -25,7 +25,8 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from experiments._common.data import DataError, Spec, reading
-from kd2m_jax._locks import CheckpointError, locked
+from kd2m_jax import CheckpointError
+from kd2m_jax.internal import locked
 
 # Seconds that a server may take to answer before it counts as out of reach.
 PATIENCE = 15

@@ -9,7 +9,7 @@ from flax import nnx
 
 from experiments._common import bench
 from kd2m_jax import from_nnx, init_state, models
-from kd2m_jax.step import step_body
+from kd2m_jax.internal import step_body
 
 # teacher, student, image shape
 PAIRS = (

@@ -76,11 +76,10 @@ def _run(began: float, flags: list[str]) -> dict:
 
     from experiments import digits
     from experiments._common import cli, train  # noqa: F401  (what the main loads later)
-    from kd2m_jax import _log
 
     seconds["imports"] = time.time() - began
     jax.monitoring.register_event_duration_secs_listener(note)
-    add, _log.Log.add = _log.Log.add, first_step
+    add, _records.Records.add = _records.Records.add, first_step
     sys.argv = ["experiments.digits", *flags]
     cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description=None)
     return {**seconds, "end": time.time() - began}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from experiments._common import figures, report, restore
 from experiments._common.train import coefficient, fit_options
 from kd2m_jax import Outputs, fit, theory
-from kd2m_jax._batches import steps_per_epoch
+from kd2m_jax.training._batches import steps_per_epoch
 
 # The chain holds to about 3e-4 in float32 (theory.bound).
 ROUNDING = 5e-4

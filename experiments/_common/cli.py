@@ -141,7 +141,7 @@ def main(settings: T, run: Callable[[T], object], *, module: str, description: s
     set_compiler_flags()
     from experiments._common.data import DataError
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
-    from kd2m_jax._processes import ProcessLost
+    from kd2m_jax.training._processes import ProcessLost
 
     if isinstance(settings, Settings):
         again = "the same command with --resume continues"
@@ -193,7 +193,7 @@ def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
     if coef == "published":
         return (coef,)
     if coef.startswith("auto"):
-        from kd2m_jax.step import auto_ratio  # loads JAX
+        from kd2m_jax.internal import auto_ratio  # loads JAX
 
         try:
             return (f"auto:{auto_ratio(coef):g}",)

@@ -27,10 +27,9 @@ from experiments._common.train import (
     configured,
     fit_options,
 )
-from kd2m_jax import NonFiniteLoss, fit
-from kd2m_jax._batches import steps_per_epoch
-from kd2m_jax._checkpoints import Checkpoints
-from kd2m_jax.step import TrainState
+from kd2m_jax import NonFiniteLoss, TrainState, fit
+from kd2m_jax.training._batches import steps_per_epoch
+from kd2m_jax.training._checkpoints import Checkpoints
 
 LIMIT = 8  # students a program: each makes it longer to compile
 

@@ -22,10 +22,9 @@ from experiments._common.train import (
     _with_class_cost,
     _with_projector,
 )
-from kd2m_jax import Network, Outputs, losses
-from kd2m_jax._checkpoints import Checkpoints
-from kd2m_jax.networks import as_network
-from kd2m_jax.step import init_state
+from kd2m_jax import Network, Outputs, init_state, losses
+from kd2m_jax.adapters import as_network
+from kd2m_jax.training._checkpoints import Checkpoints
 
 
 class Finished(NamedTuple):

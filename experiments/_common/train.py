@@ -26,9 +26,9 @@ from experiments._common.data import Dataset, load
 from experiments._common.folder import RunFolder
 from experiments._common.protocols import PROTOCOLS
 from kd2m_jax import FitResult, Network, Outputs, fit, losses, models, projected
-from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._locks import locked
-from kd2m_jax._processes import (
+from kd2m_jax.training._batches import steps_per_epoch
+from kd2m_jax.training._processes import (
     after_first,
     by_first,
     gathered,

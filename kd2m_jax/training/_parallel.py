@@ -1,15 +1,14 @@
 """The training step on several devices: one body under pmap and under shard_map."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
+from kd2m_jax.adapters import DEVICES, Network
 from kd2m_jax.losses import Metric, MetricSum
-from kd2m_jax.networks import DEVICES, Network
-from kd2m_jax.step import Coef, Step, step_body
+from kd2m_jax.training._step import Coef, Step, apart, step_body
 
 
 def pmap_step(
@@ -20,7 +19,7 @@ def pmap_step(
     metric: Metric | MetricSum | str | None,
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
-    devices: Sequence[Any] | None = None,
+    devices: Sequence[object] | None = None,
 ) -> Step:
     """`make_train_step` over this process's devices with ``jax.pmap``.
 
@@ -77,7 +76,7 @@ def pmap_step(
         )
         return mapped(state, teacher_variables, split)
 
-    return step
+    return apart(step)
 
 
 def shard_map_step(
@@ -150,7 +149,7 @@ def shard_map_step(
         _check_divisible(batch, mesh.size)
         return mapped(state, teacher_variables, batch)
 
-    return step
+    return apart(step)
 
 
 def _check_divisible(batch, devices: int) -> None:

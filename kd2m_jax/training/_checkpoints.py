@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kd2m_jax._locks import CheckpointError
-from kd2m_jax._processes import by_first, is_first
+from kd2m_jax.errors import CheckpointError
+from kd2m_jax.training._processes import by_first, is_first
 
 _JSON = ocp.args.JsonRestore()
 
 
 class Checkpoints:
-    """Two folders of orbax checkpoints under one: ``last`` (two kept) and ``best`` (one).
+    """Two folders of orbax checkpoints under one: ``last`` and ``best``, two kept of each.
 
     Orbax writes into a temporary folder and renames it when it is whole, so a process killed
     while saving leaves the checkpoint before. Arrays come back to the bit. Of several processes
@@ -46,7 +46,9 @@ class Checkpoints:
             )
             return ocp.CheckpointManager(directory / name, options=options)
 
-        self._last, self._best = manager("last", 2), manager("best", 1)
+        self._last, self._best = manager("last", 2), manager("best", 2)
+        # The step that the best one was saved with, as the last one's record has it.
+        self._best_step: int | None = None
 
     def save(self, step: int, tree: Any, record: dict, *, best: Any = None) -> None:
         """Save a pytree and a JSON-able record as those of a step; and what is best, if new."""
@@ -57,11 +59,14 @@ class Checkpoints:
             path.rename(f"{path}.unreadable-{time.time_ns()}")  # not a name of orbax's
             manager.reload()
         self._unreadable = []
-        # The best one first: killed in between, a resumed run comes to this epoch again and finds
-        # it there already, the same to the bit.
-        if best is not None and step not in self._best.all_steps():
-            self._best.save(step, args=_arguments(best, record))
-        if step in self._last.all_steps():  # stopped at an epoch's last step, before its evaluation
+        # The best one first: killed in between, the last one before still names its own best one,
+        # and a resumed run comes here again and finds this one, the same to the bit.
+        if best is not None:
+            if step not in self._best.all_steps():
+                self._best.save(step, args=_arguments(best, record))
+            self._best_step = step
+        record = record | {"best_step": self._best_step}
+        if step in self._last.all_steps():  # saved at an epoch's last step, before its evaluation
             self._last.delete(step)
         self._last.save(step, args=_arguments(tree, record))
 
@@ -84,6 +89,8 @@ class Checkpoints:
         manager = self._best if best else self._last
         named = _by_name(like)
         steps = sorted(manager.all_steps())
+        if best and self._best_step is not None:
+            steps = [step for step in steps if step == self._best_step]
         while steps:
             step = steps.pop()
             try:
@@ -115,6 +122,8 @@ class Checkpoints:
                     "than this run's: resume with the settings it was made with, or use another "
                     "folder"
                 )
+            if not best:  # records from before November 2026 name none: then it is the newest
+                self._best_step = record.get("best_step")
             return [found[name] for name in named], record
         return None
 

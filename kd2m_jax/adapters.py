@@ -1,11 +1,15 @@
 """One functional protocol for Flax NNX and Linen networks, so that a step can mix them."""
 
+import functools
 import inspect
+import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kd2m_jax.outputs import Outputs
@@ -15,7 +19,18 @@ from kd2m_jax.outputs import Outputs
 DEVICES = "devices"
 
 
-Model = Any  # nnx.Module | nn.Module | Network; see as_network
+# What a network's parameters or its state are: any pytree of arrays.
+Tree: TypeAlias = Any
+
+
+class Apply(Protocol):
+    """What `Network.apply` is."""
+
+    def __call__(
+        self, params: Tree, state: Tree, x: Tree, /, *, train: bool, rng: jax.Array | None
+    ) -> tuple[Outputs, Tree]:
+        """Return the outputs of a batch, and the state after it."""
+        ...
 
 
 def _pair(params, state):
@@ -47,9 +62,12 @@ class Network(NamedTuple):
       (2, 3)
     """
 
-    init: Callable[..., tuple[Any, Any]]
-    apply: Callable[..., tuple[Outputs, Any]]
-    export: Callable[..., Any] = _pair
+    init: Callable[[jax.Array | None, Tree], tuple[Tree, Tree]]
+    apply: Apply
+    export: Callable[[Tree, Tree], Any] = _pair
+
+
+Model: TypeAlias = nnx.Module | nn.Module | Network
 
 
 def from_nnx(module: nnx.Module) -> Network:
@@ -87,32 +105,72 @@ def from_nnx(module: nnx.Module) -> Network:
         raise TypeError(f"from_nnx takes a flax.nnx.Module instance, got {module!r:.80}")
     # Random state is split off: its counters and keys do not belong in what devices average.
     graph, params, rngs, state = nnx.split(module, nnx.Param, nnx.RngState, ...)
-
-    def init(key, x):
-        del key, x
-        return params, state
-
-    def apply(params, state, x, *, train, rng=None):
-        m = nnx.merge(graph, params, rngs, state, copy=True)
-        if train:
-            m.train()
-            if rng is not None:
-                nnx.reseed(m, default=rng, params=rng, dropout=rng)
-            if _on_devices():
-                for _, sub in nnx.iter_modules(m):
-                    if isinstance(sub, nnx.BatchNorm) and sub.axis_name is None:
-                        sub.axis_name = DEVICES
-        else:
-            m.eval()
-        out = _outputs(m(x), module)
-        return out, nnx.split(m, nnx.Param, nnx.RngState, ...)[3]
+    streams = _Streams(rngs)
 
     def export(params, state):
         trained = nnx.merge(graph, params, rngs, state, copy=True)
         trained.eval()  # what one does with a trained network first is use it
         return trained
 
-    return Network(init, apply, export)
+    apply = functools.partial(_apply_nnx, graph, streams, type(module).__name__)
+    return Network(lambda key, x: (params, state), apply, export)
+
+
+class _Streams:
+    """The random streams of an NNX module, compared by value.
+
+    A compiled program may hold them, because they are a few integers and no arrays on a device.
+    """
+
+    def __init__(self, rngs: nnx.State):
+        leaves, self._structure = jax.tree.flatten(rngs)
+        self._kinds = [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
+        self._values = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+        variables = jax.tree.leaves(rngs, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        self.names = sorted({v.tag for v in variables if isinstance(v, nnx.RngKey)})
+        contents = ((str(x.dtype), x.shape, x.tobytes()) for x in self._values)
+        self._compared = (self._structure, tuple(map(str, self._kinds)), tuple(contents))
+
+    def state(self) -> nnx.State:
+        """Return the module's own random state."""
+        pairs = zip(self._values, self._kinds, strict=True)
+        leaves = [
+            x if k is None else jax.random.wrap_key_data(jnp.asarray(x), impl=k) for x, k in pairs
+        ]
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def keys(self, rng: jax.Array) -> dict[str, Any]:
+        """Return a key for each stream: one step's own."""
+        usual = {"default": rng, "params": rng, "dropout": rng}
+        others = (name for name in self.names if name not in usual)
+        return usual | {n: jax.random.fold_in(rng, zlib.crc32(n.encode())) for n in others}
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Streams) and self._compared == other._compared
+
+
+def is_key(x: Any) -> bool:
+    """Return whether an array holds typed PRNG keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _apply_nnx(graph, streams: _Streams, name: str, params, state, x, *, train, rng=None):
+    m = nnx.merge(graph, params, streams.state(), state, copy=True)
+    if train:
+        m.train()
+        if rng is not None:
+            nnx.reseed(m, **streams.keys(rng))
+        if _on_devices():
+            for _, sub in nnx.iter_modules(m):
+                if isinstance(sub, nnx.BatchNorm) and sub.axis_name is None:
+                    sub.axis_name = DEVICES
+    else:
+        m.eval()
+    out = _outputs(m(x), name)
+    return out, nnx.split(m, nnx.Param, nnx.RngState, ...)[3]
 
 
 def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
@@ -149,34 +207,39 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"from_linen takes a flax.linen.Module instance, got {module!r:.80}")
-    accepted = inspect.signature(type(module).__call__).parameters
-
-    def mode(train: bool) -> dict[str, Any]:
-        modes = {"train": train, "training": train, "deterministic": not train}
-        return {name: value for name, value in modes.items() if name in accepted}
 
     def init(key, x):
         if variables is None:
             keys: dict[str, Any] = dict(
                 zip(("params", "dropout"), jax.random.split(key), strict=True)
             )
-            fresh = module.init(keys, x, **mode(False))
+            fresh = module.init(keys, x, **_mode(module, train=False))
         else:
             fresh = variables
         return fresh["params"], {k: v for k, v in fresh.items() if k != "params"}
 
-    def apply(params, state, x, *, train, rng=None):
-        all_variables = {"params": params, **state}
-        if not train:
-            return _outputs(module.apply(all_variables, x, **mode(False)), module), state
-        rngs = {} if rng is None else {"dropout": rng}
-        with nn.intercept_methods(_synchronise):
-            out, new_state = module.apply(
-                all_variables, x, **mode(True), rngs=rngs, mutable=list(state)
-            )
-        return _outputs(out, module), dict(new_state)
+    def export(params, state):
+        return {"params": params, **state}
 
-    return Network(init, apply, lambda params, state: {"params": params, **state})
+    return Network(init, functools.partial(_apply_linen, module), export)
+
+
+def _mode(module: nn.Module, *, train: bool) -> dict[str, Any]:
+    """Return the arguments that tell a Linen module its mode, as far as it takes them."""
+    accepted = inspect.signature(type(module).__call__).parameters
+    modes = {"train": train, "training": train, "deterministic": not train}
+    return {name: value for name, value in modes.items() if name in accepted}
+
+
+def _apply_linen(module: nn.Module, params, state, x, *, train, rng=None):
+    variables, mode, name = {"params": params, **state}, _mode(module, train=train), type(module)
+    if not train:
+        return _outputs(module.apply(variables, x, **mode), name.__name__), state
+    # A stream that has no key of its own draws from "params", so any named one advances.
+    rngs = {} if rng is None else {"dropout": rng, "params": jax.random.fold_in(rng, 1)}
+    with nn.intercept_methods(_synchronise):
+        out, new_state = module.apply(variables, x, **mode, rngs=rngs, mutable=list(state))
+    return _outputs(out, name.__name__), dict(new_state)
 
 
 def as_network(model: Model) -> Network:
@@ -253,27 +316,33 @@ def projected(student: Model, dim: int | None = None, *, channels: int | None = 
         raise ValueError(f"projected needs a size of at least 1, got {dim=} and {channels=}")
     inner = as_network(student)
 
-    def projector(like: Outputs, key=None) -> nnx.Module:
-        if channels and not like.maps:
-            raise ValueError("channels projects the last of the student's maps, and it has none")
-        if key is None:  # the structure alone
-            return nnx.eval_shape(lambda: _Projector(like, dim, channels, nnx.Rngs(0)))
-        return _Projector(like, dim, channels, nnx.Rngs(key))
+    sizes = (dim, channels)
 
     def init(key, x):
         inner_key, own_key = jax.random.split(key)
         params, state = inner.init(inner_key, x)
         like = jax.eval_shape(lambda x: inner.apply(params, state, x, train=False, rng=None)[0], x)
-        own_params, own_state = from_nnx(projector(like, own_key)).init(None, None)
+        own_params, own_state = from_nnx(_projector(sizes, like, own_key)).init(None, None)
         return (params, own_params), (state, own_state)
 
-    def apply(params, state, x, *, train, rng=None):
-        out, new_state = inner.apply(params[0], state[0], x, train=train, rng=rng)
-        own = from_nnx(projector(out))
-        out, own_state = own.apply(params[1], state[1], out, train=train)
-        return out, (new_state, own_state)
-
+    apply = functools.partial(_apply_projected, inner.apply, sizes)
     return Network(init, apply, lambda params, state: inner.export(params[0], state[0]))
+
+
+def _projector(sizes: tuple[int | None, int | None], like: Outputs, key=None) -> _Projector:
+    """Make the projector for such outputs; without a key its structure alone."""
+    if sizes[1] and not like.maps:
+        raise ValueError("channels projects the last of the student's maps, and it has none")
+    if key is None:
+        return nnx.eval_shape(lambda: _Projector(like, *sizes, nnx.Rngs(0)))
+    return _Projector(like, *sizes, nnx.Rngs(key))
+
+
+def _apply_projected(inner: Apply, sizes, params, state, x, *, train, rng=None):
+    out, new_state = inner(params[0], state[0], x, train=train, rng=rng)
+    own = from_nnx(_projector(sizes, out))
+    out, own_state = own.apply(params[1], state[1], out, train=train, rng=None)
+    return out, (new_state, own_state)
 
 
 def _synchronise(call, args, kwargs, context):
@@ -293,10 +362,10 @@ def _on_devices() -> bool:
     return True
 
 
-def _outputs(out: Any, module: Any) -> Outputs:
+def _outputs(out: Any, name: str) -> Outputs:
     if isinstance(out, tuple) and 2 <= len(out) <= 3:
         return Outputs(*out)
     raise TypeError(
-        f"{type(module).__name__} must return kd2m_jax.Outputs, (features, logits) or (features, "
+        f"{name} must return kd2m_jax.Outputs, (features, logits) or (features, "
         f"logits, maps), got {type(out).__name__}: have it return its penultimate features too"
     )

@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kd2m_jax._processes import summed
-from kd2m_jax.networks import DEVICES, Network
-from kd2m_jax.step import make_eval_step
+from kd2m_jax.adapters import DEVICES, Apply, Network
+from kd2m_jax.training._processes import summed
+from kd2m_jax.training._programs import shared
+from kd2m_jax.training._step import evaluation_sums
 
 
-def evaluators(students, networks, data: Any, preprocess: Callable, mesh: Mesh):
-    """A function of variables for each: accuracy and loss over all examples, or nothing."""
+def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: Mesh):
+    """Return a function of variables for each network: its scores over all examples, or none."""
     if data is None:
         return [lambda variables: {}] * len(networks)
     x, labels = (jnp.asarray(a)[jax.process_index() :: jax.process_count()] for a in data)
@@ -27,14 +27,8 @@ def evaluators(students, networks, data: Any, preprocess: Callable, mesh: Mesh):
     split = NamedSharding(mesh, PartitionSpec(None, DEVICES))
     x, labels = (jax.device_put(a.reshape(-1, size, *a.shape[1:]), split) for a in (x, labels))
 
-    def evaluator(network):
-        prepared = Network(
-            network.init,
-            lambda params, state, x, **options: network.apply(
-                params, state, preprocess(x, None), **options
-            ),
-        )
-        eval_step = make_eval_step(prepared)
+    def evaluator(network: Network):
+        eval_step = shared(_program, network.apply, preprocess)
 
         def evaluate(variables):
             parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
@@ -46,7 +40,13 @@ def evaluators(students, networks, data: Any, preprocess: Callable, mesh: Mesh):
 
         return evaluate
 
-    # Networks of one structure share one program: seeds, lambdas and metrics do not show in it.
-    kinds = [nnx.graphdef(s) if isinstance(s, nnx.Module) else id(s) for s in students]
-    made = {kind: evaluator(n) for kind, n in reversed(list(zip(kinds, networks, strict=True)))}
-    return [made[kind] for kind in kinds]
+    return [evaluator(network) for network in networks]
+
+
+def _program(apply: Apply, preprocess: Callable):
+    @jax.jit
+    def program(variables, batch):
+        x, labels = batch
+        return evaluation_sums(apply, variables, (preprocess(x, None), labels))
+
+    return program
