@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kd2m_jax.training import make_eval_step as make_eval_step
     from kd2m_jax.training import make_train_step as make_train_step
     from kd2m_jax.training import pmap_step as pmap_step
+    from kd2m_jax.training import restore as restore
     from kd2m_jax.training import shard_map_step as shard_map_step
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _HOMES = {
     "make_train_step": "training",
     "pmap_step": "training",
     "projected": "adapters",
+    "restore": "training",
     "shard_map_step": "training",
 }
 __all__ = sorted([*_MODULES, *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]

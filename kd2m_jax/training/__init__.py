@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from kd2m_jax.training._fit import fit as fit
     from kd2m_jax.training._parallel import pmap_step as pmap_step
     from kd2m_jax.training._parallel import shard_map_step as shard_map_step
+    from kd2m_jax.training._restore import restore as restore
     from kd2m_jax.training._step import Step as Step
     from kd2m_jax.training._step import TrainState as TrainState
     from kd2m_jax.training._step import init_state as init_state
@@ -19,6 +20,7 @@ _HOMES = {
     "fit": "_fit",
     "pmap_step": "_parallel",
     "shard_map_step": "_parallel",
+    "restore": "_restore",
     "Step": "_step",
     "TrainState": "_step",
     "init_state": "_step",

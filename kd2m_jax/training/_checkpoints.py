@@ -77,17 +77,25 @@ class Checkpoints:
         CheckpointError says so if the saved one is another; a damaged one is passed over, which is
         logged.
         """
-        found = by_first(lambda: self._read(like, best))
+        found = by_first(lambda: self._read(_by_name(like), best))
         if found is None:
             return None
         arrays, record = found
         leaves, structure = jax.tree.flatten(like)
-        leaves = [_unpack(new, old) for new, old in zip(arrays, leaves, strict=True)]
+        leaves = [_unpack(new, old) for new, old in zip(arrays.values(), leaves, strict=True)]
         return jax.tree.unflatten(structure, leaves), record
 
-    def _read(self, like: Any, best: bool) -> tuple[list[np.ndarray], dict] | None:
+    def arrays(self, *, best: bool = False) -> dict[str, np.ndarray] | None:
+        """Return the last (or best) arrays that can be read by their place in the saved pytree."""
+        found = by_first(lambda: self._read(None, best=False))  # it names the best one
+        if best:
+            found = by_first(lambda: self._read(None, best=True))
+        return None if found is None else found[0]
+
+    def _read(
+        self, named: dict[str, np.ndarray] | None, best: bool
+    ) -> tuple[dict[str, np.ndarray], dict] | None:
         manager = self._best if best else self._last
-        named = _by_name(like)
         steps = sorted(manager.all_steps())
         if best and self._best_step is not None:
             steps = [step for step in steps if step == self._best_step]
@@ -96,9 +104,11 @@ class Checkpoints:
             try:
                 record = manager.restore(step, args=ocp.args.Composite(record=_JSON))["record"]
                 known = record.pop("arrays")
-                same = {name: shape for name, (shape, _) in known.items()} == _shapes(named)
+                shapes = {name: shape for name, (shape, _) in known.items()}
+                same = named is None or shapes == _shapes(named)
                 if same:
-                    tree = ocp.args.StandardRestore(named)
+                    like = named or {name: _empty(shape) for name, shape in shapes.items()}
+                    tree = ocp.args.StandardRestore(like)
                     found = manager.restore(step, args=ocp.args.Composite(tree=tree))["tree"]
                     # Orbax does not notice a bit that has changed on the disk.
                     if _sums(found) != {name: sum_ for name, (_, sum_) in known.items()}:
@@ -124,7 +134,7 @@ class Checkpoints:
                 )
             if not best:  # records from before November 2026 name none: then it is the newest
                 self._best_step = record.get("best_step")
-            return [found[name] for name in named], record
+            return {name: found[name] for name in named or found}, record
         return None
 
     def close(self) -> None:
@@ -177,6 +187,12 @@ def _unpack(new, old):
 
 def _shapes(named: dict[str, np.ndarray]) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in named.items()}
+
+
+def _empty(shape: str) -> np.ndarray:
+    """Return an array like the one that `_shapes` describes: "float32[3, 4]"."""
+    dtype, _, sizes = shape.partition("[")
+    return np.empty([int(n) for n in sizes.rstrip("]").split(",") if n], jnp.dtype(dtype))
 
 
 def _sums(named: dict[str, np.ndarray]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -208,7 +208,7 @@ def _settings(batches: Batches, seed: int, students: Students) -> dict:
 
 def variables_of(model: Model, variables: Any) -> Any:
     """Return ``(params, state)`` of a trained model."""
-    if isinstance(variables, dict) and "params" in variables:
+    if isinstance(variables, Mapping) and "params" in variables:
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
     if variables is not None:
         return variables
