@@ -6,7 +6,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +94,7 @@ class _Structure:
     def __init__(self):
         self.callers: list[Any] = []
         self._above: list[Any] = []
+        self._in_caller = 0
 
     def of(self, part: Any) -> Hashable:
         """Return a part's structure; NotShared where it holds an array or is unknown."""
@@ -113,10 +114,10 @@ class _Structure:
                 return self._of_class(part)
             case jax.Array() | np.ndarray() | np.generic():
                 raise NotShared
-            case tuple() | list():
-                return type(part).__name__, tuple(map(self.of, part))
+            case tuple() | list() | set() | frozenset():
+                return self._of_container(part, tuple(map(self.of, part)))
             case Mapping():
-                return "mapping", tuple((self.of(k), self.of(v)) for k, v in part.items())
+                return self._of_container(part, tuple((k, self.of(v)) for k, v in part.items()))
             case functools.partial():
                 return "partial", self.of((part.func, part.args, part.keywords))
             case types.MethodType():
@@ -133,29 +134,37 @@ class _Structure:
         if _of_library(type(part)) or isinstance(part, np.dtype):  # they compare by value
             return part
         if callable(part):
-            return self._of_caller(part, [type(part), vars(part)])
+            return self._of_caller(part, [type(part), *vars(part).items()])
         raise NotShared
 
+    def _of_container(self, part: Any, contents: tuple) -> Hashable:
+        # A list that a caller's function writes into is the same list afterwards.
+        mutable = not isinstance(part, tuple | frozenset)
+        return type(part).__name__, id(part) if self._in_caller and mutable else contents
+
     def _of_function(self, part: types.FunctionType) -> Hashable:
-        cells = [cell.cell_contents for cell in part.__closure__ or ()]
-        refers = [cells, part.__defaults__, part.__kwdefaults__]
+        cells = tuple(cell.cell_contents for cell in part.__closure__ or ())
+        options = tuple((part.__kwdefaults__ or {}).items())
+        refers = (cells, part.__defaults__, options)
         if _of_library(part):
             own = part.__closure__ is None  # made once, with its module
             return (part.__module__, part.__qualname__) if own else (part.__code__, self.of(refers))
-        return self._of_caller(part, [*refers, _globals(part)])
+        return self._of_caller(part, [*refers, *_globals(part).items()])
 
     def _of_class(self, part: type) -> Hashable:
         if _of_library(part):
             return part
         methods = [m for m in vars(part).values() if isinstance(m, types.FunctionType)]
         before = len(self.callers)
-        found = _number(part), self.of([part.__bases__, methods])
+        found = _number(part), self.of((part.__bases__, *methods))
         del self.callers[before:]  # the class holds them, and programs may hold a class
         return found
 
-    def _of_caller(self, part: Any, refers: list) -> Hashable:
+    def _of_caller(self, part: Any, refers: Iterable) -> Hashable:
         before = len(self.callers)
-        found = _number(part), self.of(refers)
+        self._in_caller += 1
+        found = _number(part), tuple(map(self.of, refers))
+        self._in_caller -= 1
         self.callers[before:] = [part]  # it holds what it refers to
         return found
 
