@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from kd2m_jax._compat import List
+from kd2m_jax._layers import conv, head, norm, shortcut
 from kd2m_jax._torch_weights import load_torch_weights as load_torch_weights
 from kd2m_jax.outputs import Outputs
 
@@ -112,11 +114,11 @@ class MLP(nnx.Module):
             raise ValueError(f"widths must be positive numbers, at least one, got {widths}")
         he_normal = nnx.initializers.he_normal()
         self.in_features = in_features
-        self.hidden = nnx.List(
+        self.hidden = List(
             nnx.Linear(fan_in, fan_out, kernel_init=he_normal, dtype=dtype, rngs=rngs)
             for fan_in, fan_out in itertools.pairwise((in_features, *widths))
         )
-        self.fc = _head(widths[-1], num_classes, dtype, rngs)
+        self.fc = head(widths[-1], num_classes, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> Outputs:
         """Maps ``[n, ...]`` examples to ``Outputs``, without maps."""
@@ -157,11 +159,11 @@ class BasicBlock(nnx.Module):
 
     def __init__(self, in_width: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.conv1 = _conv(in_width, width, 3, stride, dtype, rngs)
-        self.bn1 = _norm(width, dtype, rngs)
-        self.conv2 = _conv(width, width, 3, 1, dtype, rngs)
-        self.bn2 = _norm(width, dtype, rngs)
-        self.downsample = _shortcut(in_width, width, stride, dtype, rngs)
+        self.conv1 = conv(in_width, width, 3, stride, dtype, rngs)
+        self.bn1 = norm(width, dtype, rngs)
+        self.conv2 = conv(width, width, 3, 1, dtype, rngs)
+        self.bn2 = norm(width, dtype, rngs)
+        self.downsample = shortcut(in_width, width, stride, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[n, h, w, in_width]`` to ``[n, h / stride, w / stride, width]``."""
@@ -193,13 +195,13 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, in_width: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.conv1 = _conv(in_width, width, 1, 1, dtype, rngs)
-        self.bn1 = _norm(width, dtype, rngs)
-        self.conv2 = _conv(width, width, 3, stride, dtype, rngs)
-        self.bn2 = _norm(width, dtype, rngs)
-        self.conv3 = _conv(width, 4 * width, 1, 1, dtype, rngs)
-        self.bn3 = _norm(4 * width, dtype, rngs)
-        self.downsample = _shortcut(in_width, 4 * width, stride, dtype, rngs)
+        self.conv1 = conv(in_width, width, 1, 1, dtype, rngs)
+        self.bn1 = norm(width, dtype, rngs)
+        self.conv2 = conv(width, width, 3, stride, dtype, rngs)
+        self.bn2 = norm(width, dtype, rngs)
+        self.conv3 = conv(width, 4 * width, 1, 1, dtype, rngs)
+        self.bn3 = norm(4 * width, dtype, rngs)
+        self.downsample = shortcut(in_width, 4 * width, stride, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``[n, h, w, in_width]`` to ``[n, h / stride, w / stride, 4 * width]``."""
@@ -273,18 +275,18 @@ class ResNet(nnx.Module):
         self.stem = stem
         self.dtype = dtype
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = _conv(in_channels, widths[0], kernel, stride, dtype, rngs)
-        self.bn1 = _norm(widths[0], dtype, rngs)
-        self.stages = nnx.List()
+        self.conv1 = conv(in_channels, widths[0], kernel, stride, dtype, rngs)
+        self.bn1 = norm(widths[0], dtype, rngs)
+        self.stages = List()
         in_width = widths[0]
         for stage, (depth, width) in enumerate(zip(depths, widths[1:], strict=True)):
-            blocks = nnx.List()
+            blocks = List()
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(block(in_width, width, stride, dtype=dtype, rngs=rngs))
                 in_width = block.expansion * width
             self.stages.append(blocks)
-        self.fc = _head(in_width, num_classes, dtype, rngs)
+        self.fc = head(in_width, num_classes, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> Outputs:
         """Maps ``[n, h, w, in_channels]`` images to ``Outputs``, with one map per stage."""
@@ -301,41 +303,6 @@ class ResNet(nnx.Module):
             maps.append(x)
         features = jnp.mean(x, axis=(1, 2), dtype=self.fc.dtype)
         return Outputs(features, self.fc(features), tuple(maps))
-
-
-def _conv(
-    in_width: int, width: int, kernel: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.Conv:
-    # Explicit padding: under stride 2, "SAME" pads an even image on one side only, torch on both.
-    return nnx.Conv(
-        in_width,
-        width,
-        (kernel, kernel),
-        strides=stride,
-        padding=((kernel // 2, kernel // 2), (kernel // 2, kernel // 2)),
-        use_bias=False,
-        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
-def _norm(width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    # Never in bfloat16: in eval mode nnx.BatchNorm would round its running statistics to it.
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
-
-
-def _shortcut(in_width: int, width: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.List:
-    if stride == 1 and in_width == width:
-        return nnx.List()
-    return nnx.List([_conv(in_width, width, 1, stride, dtype, rngs), _norm(width, dtype, rngs)])
-
-
-def _head(features: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    dtype = jnp.promote_types(dtype, jnp.float32)
-    uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as torch's Linear
-    return nnx.Linear(features, num_classes, kernel_init=uniform, dtype=dtype, rngs=rngs)
 
 
 def _build_resnet(

@@ -99,7 +99,7 @@ def from_nnx(module: nnx.Module) -> Network:
             if rng is not None:
                 nnx.reseed(m, default=rng, params=rng, dropout=rng)
             if _on_devices():
-                for _, sub in nnx.iter_modules(m):
+                for _, sub in nnx.iter_graph(m):
                     if isinstance(sub, nnx.BatchNorm) and sub.axis_name is None:
                         sub.axis_name = DEVICES
         else:
