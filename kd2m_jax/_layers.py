@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 
 from kd2m_jax._compat import List
 
-# Made once: flax < 0.12 has a layer's initialiser in its graph definition, by which functions
-# are compiled and students are stacked.
-_HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Made once: flax < 0.12 compares the initialisers too when it compares two networks' structure.
+_HE_NORMAL = nnx.initializers.he_normal()
+_HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 _UNIFORM = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # as torch's Linear
 
 
@@ -25,7 +25,7 @@ def conv(
         strides=stride,
         padding=((kernel // 2, kernel // 2), (kernel // 2, kernel // 2)),
         use_bias=False,
-        kernel_init=_HE,
+        kernel_init=_HE_FAN_OUT,
         dtype=dtype,
         rngs=rngs,
     )
@@ -41,6 +41,10 @@ def shortcut(in_width: int, width: int, stride: int, dtype: DTypeLike, rngs: nnx
     if stride == 1 and in_width == width:
         return List()
     return List([conv(in_width, width, 1, stride, dtype, rngs), norm(width, dtype, rngs)])
+
+
+def dense(features: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(features, width, kernel_init=_HE_NORMAL, dtype=dtype, rngs=rngs)
 
 
 def head(features: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:

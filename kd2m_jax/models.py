@@ -24,7 +24,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kd2m_jax._compat import List
-from kd2m_jax._layers import conv, head, norm, shortcut
+from kd2m_jax._layers import conv, dense, head, norm, shortcut
 from kd2m_jax._torch_weights import load_torch_weights as load_torch_weights
 from kd2m_jax.outputs import Outputs
 
@@ -112,10 +112,9 @@ class MLP(nnx.Module):
     ):
         if not widths or min(widths) < 1:
             raise ValueError(f"widths must be positive numbers, at least one, got {widths}")
-        he_normal = nnx.initializers.he_normal()
         self.in_features = in_features
         self.hidden = List(
-            nnx.Linear(fan_in, fan_out, kernel_init=he_normal, dtype=dtype, rngs=rngs)
+            dense(fan_in, fan_out, dtype, rngs)
             for fan_in, fan_out in itertools.pairwise((in_features, *widths))
         )
         self.fc = head(widths[-1], num_classes, dtype, rngs)
