@@ -164,7 +164,7 @@ def _apply_nnx(graph, streams: _Streams, name: str, params, state, x, *, train, 
         if rng is not None:
             nnx.reseed(m, **streams.keys(rng))
         if _on_devices():
-            for _, sub in nnx.iter_modules(m):
+            for _, sub in nnx.iter_graph(m):
                 if isinstance(sub, nnx.BatchNorm) and sub.axis_name is None:
                     sub.axis_name = DEVICES
     else:
