@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 F = TypeVar("F", bound=Callable)
+T = TypeVar("T")
 
 # Traced although keyword-only; every other keyword-only parameter of a loss is static.
 _TRACED = ("key", "class_cost")
@@ -27,7 +28,15 @@ def loss(fn: F) -> F:
         for name, p in inspect.signature(fn).parameters.items()
         if p.kind is p.KEYWORD_ONLY and name not in _TRACED
     ]
-    compiled = jax.jit(fn, static_argnames=options)
+
+    @functools.wraps(fn)
+    def on_whole_arrays(*args, **kwargs):
+        chosen = {name: value for name, value in kwargs.items() if name in options}
+        arrays = {name: value for name, value in kwargs.items() if name not in options}
+        args, arrays = jax.tree.map(replicated, (args, arrays))
+        return fn(*args, **arrays, **chosen)
+
+    compiled = jax.jit(on_whole_arrays, static_argnames=options)
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
@@ -39,9 +48,33 @@ def loss(fn: F) -> F:
                 )
             if isinstance(value, jax.Array):  # a concrete 0-d array is as good as a number
                 kwargs[name] = value.item()
-        return compiled(*args, **kwargs)
+        with jax.numpy_dtype_promotion("standard"):  # ott-jax relies on it, whatever the caller set
+            return compiled(*args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def replicated(x: ArrayLike) -> jax.Array:
+    """The whole array on every device of an explicit mesh; any other array as it is.
+
+    A loss compares all rows with all rows, so whatever axis the batch is split along, it needs
+    them together. Explicit meshes leave that choice to the program.
+    """
+    x = jnp.asarray(x)
+    mesh = jax.typeof(x).sharding.mesh
+    if not mesh.explicit_axes:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def varying(tree: T, like: jax.Array) -> T:
+    """Constants typed as what a loop or a branch computes from ``like``, for `jax.shard_map`.
+
+    Its default checks tell apart what varies over a mesh axis from what does not, and a loop must
+    start with the types that it ends with. XLA removes the choice between two equal values.
+    """
+    never = jnp.zeros_like(like, shape=(), dtype=bool)  # varies as ``like`` does
+    return jax.tree.map(lambda x: jnp.where(never, x, x), tree)
 
 
 def number(name: str, value: float, *, positive: bool = True) -> float:

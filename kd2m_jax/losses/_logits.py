@@ -199,6 +199,7 @@ def class_cost_matrix(
         raise ValueError(
             f"labels must be in [0, {num_classes}), got {classes.min()} to {classes.max()}"
         )
+    features = jnp.asarray(np.asarray(features))  # from however many devices to the default one
     members = [np.flatnonzero(classes == c) for c in range(num_classes)]
     rows = min(map(len, members))
     if rows < 2:
