@@ -198,8 +198,8 @@ def class_labels(labels: ArrayLike, n: int) -> jax.Array:
 
 def integer_labels(labels: ArrayLike) -> jax.Array:
     """Labels of any shape as JAX's integers, refused where JAX would change their values."""
-    if not isinstance(labels, jax.Array) and not hasattr(labels, "__jax_array__"):
-        labels = np.asarray(labels)
+    held_by_jax = isinstance(labels, jax.Array) or hasattr(labels, "__jax_array__")
+    labels = jnp.asarray(labels) if held_by_jax else np.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         # astype(int) would make classes of fractions, so it is no advice for them.
         hint = _as_numbers(labels.shape) or ": class numbers are whole, make them so by astype(int)"

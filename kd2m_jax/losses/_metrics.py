@@ -114,7 +114,8 @@ def _stages(outputs: Outputs) -> Any:
 def as_outputs(owner: str, given: Any) -> Outputs:
     """`Outputs` from what a network may return: such a tuple, plain or named."""
     if not isinstance(given, tuple | list) or not 1 <= len(given) <= 3:
-        kind = f"an array of shape {list(given.shape)}" if hasattr(given, "shape") else type(given)
+        shape = getattr(given, "shape", None)
+        kind = type(given) if shape is None else f"an array of shape {list(shape)}"
         raise TypeError(
             f"the {owner}'s outputs must be kd2m_jax.Outputs or a tuple (features, logits, maps), "
             f"got {kind}: features alone are Outputs(features)"

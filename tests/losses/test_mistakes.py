@@ -134,9 +134,9 @@ def test_a_label_that_is_no_class_is_not_finite(metric, label):
         coef = {"metric": metric, "coef": 1.0}
         return losses.distillation_loss(student, teacher, labels, **coef)[0]
 
-    for labels in (labels, np.asarray(labels)):
+    for given in (labels, np.asarray(labels)):
         for call in (objective, jax.jit(objective)):
-            value, grads = jax.value_and_grad(call)(student, labels)
+            value, grads = jax.value_and_grad(call)(student, given)
             assert np.isnan(value) and np.isnan(grads.logits[2]).any()
     if metric and (label < 0 or metric == "wkd-l"):  # a metric alone knows no largest class
         value, grads = jax.value_and_grad(losses.get_metric(metric))(student, teacher, labels)
