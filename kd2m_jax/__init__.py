@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from kd2m_jax.training import shard_map_step as shard_map_step
 
 __version__ = "0.1.0"
+# Where the project is published: empty as long as it is nowhere. Nothing else names an address.
+__url__ = ""
 
 _MODULES = ("losses", "models", "theory")
 _HOMES = {
