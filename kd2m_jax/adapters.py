@@ -243,7 +243,7 @@ def _apply_linen(module: nn.Module, params, state, x, *, train, rng=None):
 
 
 def as_network(model: Model) -> Network:
-    """A `Network` as it is; a Flax module wrapped; TypeError for anything else."""
+    """Return a `Network` as it is, and a Flax module wrapped; TypeError for anything else."""
     if isinstance(model, Network):
         return model
     if isinstance(model, nnx.Module):
@@ -279,7 +279,7 @@ class _Projector(nnx.Module):
 
 
 def projected(student: Model, dim: int | None = None, *, channels: int | None = None) -> Network:
-    """The student with a projector into the teacher's feature size, trained along with it.
+    """Give a student a projector into the teacher's feature size, trained along with it.
 
     The projector sees to it that features (or maps) of unequal sizes can be matched. It is part
     of the parameters and the state, so of the optimizer, of gradient clipping and of

@@ -90,7 +90,7 @@ def test_sizes():
 
 
 def loaded(code):
-    """The top-level packages that are loaded after some code has run in a fresh interpreter."""
+    """Return the top-level packages that code loads in a fresh interpreter."""
     report = "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
     command = [sys.executable, "-W", "ignore", "-c", code + report]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -34,7 +34,7 @@ _DTYPES = {
 def load_torch_weights(
     model: nnx.Module, path: str | os.PathLike, *, replace_head: bool = False
 ) -> nnx.Module:
-    """Puts the weights of a torchvision or timm ResNet checkpoint into a ResNet of ours.
+    """Put the weights of a torchvision or timm ResNet checkpoint into a ResNet of ours.
 
     Kernels go from ``[out, in, h, w]`` to ``[h, w, in, out]``; the running statistics of batch
     normalisation come along. Parameters keep the model's dtype. Torchvision's networks expect
@@ -106,7 +106,7 @@ def _torch_name(route: tuple) -> str:
 
 
 def _misfits(file: dict[str, tuple], model: dict[str, tuple]) -> list[str]:
-    """What keeps the entries of a file, by name and shape, from being those of the model."""
+    """Say what keeps a file's entries, by name and shape, from being the model's."""
     misshapen = sorted(name for name in file.keys() & model.keys() if file[name] != model[name])
     problems = [
         f"{what}: {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if names[6:] else "")
@@ -129,7 +129,7 @@ def _misfits(file: dict[str, tuple], model: dict[str, tuple]) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint by name, in torch's layout, without the batch counters."""
+    """Return a checkpoint's tensors by name, in torch's layout, without the batch counters."""
     with path.open("rb") as file:
         start = file.read(9)
     try:
@@ -205,7 +205,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _strided(values: np.ndarray, tensor: "_Tensor") -> np.ndarray:
-    """A view of a storage. Sizes come from the file, and NumPy does not check their reach."""
+    """Return a view of a storage. Sizes come from the file; NumPy does not check their reach."""
     _, offset, shape, strides = tensor
     reach = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if min(offset, *shape, *strides, 0) < 0 or 0 in shape or reach >= len(values):
@@ -246,7 +246,7 @@ class _Unpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Looks a name up among those allowed, and refuses any other."""
+        """Look a name up among those allowed, and refuse any other."""
         if module == "torch" and re.fullmatch(r"\w+Storage|b?float\d+|u?int\d+|bool", name):
             return name
         if (module, name) not in _GLOBALS:
@@ -257,7 +257,7 @@ class _Unpickler(pickle.Unpickler):
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage, kept as what names it: ("storage", type, key, device, size)."""
+        """Return a storage as what names it: ("storage", type, key, device, size)."""
         return pid
 
 

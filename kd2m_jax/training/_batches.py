@@ -93,7 +93,7 @@ class Batches:
             yield self._split(rows, stop - start), self._arrays
 
     def _order(self, epoch: int) -> jax.Array:
-        """The epoch's row numbers: shuffled, or in runs of ``per_class`` of one class."""
+        """Return the epoch's row numbers: shuffled, or in runs of ``per_class`` of one class."""
         labels = self._arrays[1]
         if self._per_class is None:
             key = jax.random.fold_in(jax.random.key(self._seed), epoch)
@@ -127,7 +127,7 @@ def steps_per_epoch(labels, batch_size: int, per_class: int | None) -> int:
 
 
 def _first_batch(data: Iterable[Arrays]):
-    """The inputs of the first batch; ValueError where it is not ``(x, labels)``."""
+    """Return the inputs of the first batch; ValueError where it is not ``(x, labels)``."""
     first = next(iter(data), None)
     if first is None:
         raise ValueError("data gave no batch")

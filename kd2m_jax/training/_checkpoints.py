@@ -71,7 +71,7 @@ class Checkpoints:
         self._last.save(step, args=_arguments(tree, record))
 
     def restore(self, like: Any, *, best: bool = False) -> tuple[Any, dict] | None:
-        """The last (or best) pytree and record that can be read, or None where there is none.
+        """Return the last (or best) pytree and record that can be read, or None.
 
         ``like`` is a pytree of the same structure, on the devices where the result is to be. A
         CheckpointError says so if the saved one is another; a damaged one is passed over, which is

@@ -47,7 +47,7 @@ class FitResult(NamedTuple, Generic[M]):
     state: TrainState
 
     def __repr__(self) -> str:
-        """A line: the arrays would fill screens."""
+        """Return one line, because the arrays would fill screens."""
         tests = [r["test_accuracy"] for r in self.history if "test_accuracy" in r]
         last = f", last test_accuracy {tests[-1]:.3f}" if tests else ""
         return f"FitResult({type(self.student).__name__}, {len(self.history)} records{last})"

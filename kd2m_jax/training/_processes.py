@@ -115,7 +115,7 @@ def asked_to_stop() -> bool:
 
 
 def summed(sums: dict[str, float]) -> dict[str, float]:
-    """The sums of all processes."""
+    """Add the sums of all processes up."""
     if jax.process_count() == 1:
         return sums
     parts = multihost_utils.process_allgather(sums)

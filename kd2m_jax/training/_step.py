@@ -75,7 +75,7 @@ owned = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 def init_state(
     network: Network, optimizer: optax.GradientTransformation, x: ArrayLike, *, key: jax.Array
 ) -> TrainState:
-    """The state before the first step.
+    """Make the state before the first step.
 
     Args:
       network: the student.
@@ -372,7 +372,7 @@ def _accuracy(out: Outputs, labels: jax.Array) -> jax.Array:
 
 
 def make_eval_step(network: Network) -> Callable[..., dict[str, jax.Array]]:
-    """Evaluation of one batch, compiled, as sums: add them up, then divide.
+    """Compile the evaluation of one batch, as sums: add them up, then divide.
 
     Args:
       network: any `Network`; it runs in evaluation mode.

@@ -96,7 +96,7 @@ def test_the_readme_command_leaves_its_folder(tmp_path):
 
 
 def start(out, *flags):
-    """The command, running, and its files."""
+    """Start the command; return it and its files."""
     return subprocess.Popen(
         command(out, *flags),
         cwd=ROOT,
@@ -125,7 +125,7 @@ def lines_of(run):
 
 
 def arrays_of(folder):
-    """The arrays of the newest checkpoints of a folder."""
+    """Return the arrays of the newest checkpoints of a folder."""
     newest = {kind: max(map(int, os.listdir(folder / kind))) for kind in ("last", "best")}
     with ocp.StandardCheckpointer() as checkpointer:
         return newest, {

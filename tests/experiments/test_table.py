@@ -174,7 +174,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, monkeypatch, capsys,
 
 
 def written(one, accuracy, **env):
-    """A run folder without training: the teacher at this accuracy, the student at 0.1 more."""
+    """Make a run folder without training: the teacher at this accuracy, the student 0.1 higher."""
     one.path.mkdir(parents=True)
     (one.path / "config.json").write_text(json.dumps(dict.fromkeys(tables.CONFIG, 1)))
     env = {"python": "", "machine": "", "packages": {}, "devices": []} | env

@@ -40,7 +40,7 @@ def fake_cifar(folder, splits, count):
 
 
 def fake_archives(name, folder):
-    """Writes random images in the official layout; returns {split: (images, labels)}."""
+    """Write random images in the official layout; return {split: (images, labels)}."""
     folder.mkdir(parents=True)
     rng, classes = np.random.default_rng(0), 100 if name == "cifar100" else 10
     splits = {}

@@ -17,7 +17,7 @@ def draw_logits(n=24, k=7, *, scale=3.0, seed=0):
 
 
 def draw_maps(n=5, size_s=(4, 4, 6), size_t=(4, 4, 9), *, seed=0):
-    """Maps after a ReLU, float64; the teacher's last channel is dead."""
+    """Draw maps after a ReLU, float64; the teacher's last channel is dead."""
     rng = np.random.default_rng(seed)
     maps_s, maps_t = (np.maximum(rng.normal(0.3, size=(n, *size)), 0) for size in (size_s, size_t))
     maps_t[..., -1] = 0

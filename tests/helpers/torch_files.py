@@ -19,7 +19,7 @@ NETS = {
 
 
 def make_net(kind="basic", num_classes=5, in_channels=3, stem="cifar"):
-    """A ResNet without values, which loading fills."""
+    """Make a ResNet without values, which loading fills."""
     options = {"in_channels": in_channels, "stem": stem}
     return nnx.eval_shape(
         lambda: models.ResNet(*NETS[kind], num_classes, **options, rngs=nnx.Rngs(0))
@@ -109,12 +109,12 @@ def write_safetensors(path, state, dtype="F32", numpy_dtype=np.float32):
 
 
 def plain(value):
-    """The pickle of a plain value, without its frame, to be put into a hand-written one."""
+    """Pickle a plain value, without its frame, to be put into a hand-written one."""
     return pickle.dumps(value, 2)[2:-1]
 
 
 def pickled_tensor(storage, key, size, offset, shape, strides, parameter=False):
-    """What torch.save pickles for a tensor: a call, with a persistent id for the storage."""
+    """Write what torch.save pickles for a tensor: a call, with a persistent id for the storage."""
     pid = b"(" + plain("storage") + b"ctorch\n%s\n" % storage.encode()
     pid += plain(key) + plain("cpu") + plain(size) + b"tQ"
     hooks = b"ccollections\nOrderedDict\n)R"
@@ -126,7 +126,7 @@ def pickled_tensor(storage, key, size, offset, shape, strides, parameter=False):
 
 
 def pickled_dict(items):
-    """The pickle of an OrderedDict of values that are pickled already."""
+    """Pickle an OrderedDict of values that are pickled already."""
     pairs = b"".join(plain(name) + value for name, value in items.items())
     return b"ccollections\nOrderedDict\n)R(" + pairs + b"u"
 
@@ -141,7 +141,7 @@ def write_pth(path, body, storages=(), byteorder=b"little"):
 
 
 def pickled_state(state, storage="FloatStorage", dtype=np.float32, prefix="", parameter=False):
-    """A state dict and its storages, each tensor with its own."""
+    """Make a state dict and its storages, each tensor with its own."""
     entries, storages = {}, {}
     for key, (name, array) in enumerate(state.items()):
         kind, kept = (storage, array.astype(dtype)) if array.ndim else ("LongStorage", array)

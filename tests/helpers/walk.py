@@ -53,7 +53,7 @@ def _variants():
 
 
 def label(name, options=(), *rest):
-    """What pytest shows for a variant."""
+    """Return what pytest shows for a variant."""
     chosen = (key if value is True else value for key, value in dict(options).items())
     return "-".join([name, *chosen, *rest])
 
@@ -64,12 +64,12 @@ CORE = ("w2", "cw2", "jw2", "gaussian-w2", "gaussian-cw2", "gaussian-kl", "gauss
 
 
 def speed(name, options=()):
-    """The marks of a metric with options."""
+    """Return the marks of a metric with options."""
     return () if name in CORE and not options else (pytest.mark.slow,)
 
 
 def walked(variants):
-    """The variants as pytest's parameters."""
+    """Return the variants as pytest's parameters."""
     return [pytest.param(*v, id=label(*v), marks=speed(*v[:2])) for v in variants]
 
 

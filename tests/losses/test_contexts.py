@@ -38,7 +38,7 @@ def assert_close(found, expected):
 # Compiling is what these tests wait for: each is fast for the metrics whose code its context
 # touches most, and walks the rest with the slow tests.
 def walked(fast, waiting=()):
-    """The variants as pytest's parameters, fast for a few metrics by default."""
+    """Return the variants as pytest's parameters, fast for a few metrics by default."""
     xfail = pytest.mark.xfail(raises=TypeError, strict=True, reason="the solvers' own loops")
     given = []
     for name, options in VARIANTS:

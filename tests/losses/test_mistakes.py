@@ -22,7 +22,7 @@ Z, H, Y = np.ones((6, 4), np.float32), np.ones((6, 3), np.float32), np.arange(6)
 
 
 def check(function, arrays, error, *words):
-    """The error is raised with these words, bare and inside a user's jit."""
+    """Check that the error is raised with these words, bare and inside a user's jit."""
     for call in (function, jax.jit(function)):
         with pytest.raises(error) as caught:
             call(*arrays)

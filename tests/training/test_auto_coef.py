@@ -33,7 +33,7 @@ def batch(i):
 
 
 def train(make_step=kd2m_jax.make_train_step, steps=5, lr=0.05, **options):
-    """The states before each step and the metrics of each."""
+    """Return the states before each step and the metrics of each."""
     student, teacher = from_nnx(mlp(16, 1)), setting()[2]
     options = {"metric": METRIC, "coef": "auto:0.3"} | options
     step = make_step(student, teacher, optax.sgd(lr), **options)

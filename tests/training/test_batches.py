@@ -38,7 +38,7 @@ class Rows:
 
 
 def by_hand(batches, epochs):
-    """The same training as a loop over the one-device step."""
+    """Run the same training as a loop over the one-device step."""
     network, optimizer = from_nnx(mlp(1)), optax.sgd(0.1)
     step = make_train_step(network, network, optimizer, metric="cw2", coef=0.01)
     teacher = from_nnx(mlp(0)).init(None, None)

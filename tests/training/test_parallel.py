@@ -43,7 +43,7 @@ def apply(params, state, x, *, train, rng):
 
 @functools.cache
 def setting():
-    """A batch, student, teacher and its variables; each class has a centre of its own."""
+    """Make a batch, student, teacher and its variables; each class has a centre of its own."""
     rng = np.random.default_rng(0)
     *_, labels = batch(N, D, classes=CLASSES)
     x = rng.normal(size=(CLASSES, 4, 4, 3))[labels] + 0.5 * rng.normal(size=(N, 4, 4, 3))
@@ -52,7 +52,7 @@ def setting():
 
 
 def update(name, make_step):
-    """The metric's value and what a step of gradient descent with rate 1 subtracts for it."""
+    """Return the metric's value and what gradient descent with rate 1 subtracts for it."""
     data, student, teacher, variables = setting()
     optimizer = optax.sgd(1.0)
     step = make_step(student, teacher, optimizer, metric=name, coef=1.0, task_coef=0.0)
@@ -112,7 +112,7 @@ def test_eight_devices():
 
 
 def gathered_bytes(name):
-    """What each device receives in a step's all-gathers, from the compiled program."""
+    """Count what each device receives in a step's all-gathers, from the compiled program."""
     data, student, teacher, variables = setting()
     step = on("shard_map", 4)(student, teacher, optax.sgd(0.1), metric=name)
     state = init_state(student, optax.sgd(0.1), data[0], key=jax.random.key(3))

@@ -30,7 +30,7 @@ def mlp(seed, width=6):
 
 @pytest.fixture
 def traces():
-    """A preprocess that counts how often a training step is traced."""
+    """Make a preprocess that counts how often a training step is traced."""
     seen = []
 
     def preprocess(x, keys):

@@ -327,7 +327,7 @@ class Broken(Exception):
 
 
 def breaking(batches, at):
-    """An iterable of batches that raises in the first pass, before the given one."""
+    """Make an iterable of batches that raises in the first pass, before the given one."""
     passes = []
 
     class Data:
