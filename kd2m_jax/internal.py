@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from kd2m_jax._compiler import compiler_flags as compiler_flags
     from kd2m_jax._compiler import set_compiler_flags as set_compiler_flags
     from kd2m_jax._locks import locked as locked
-    from kd2m_jax._torch_weights import local_file as local_file
+    from kd2m_jax.models._torch_weights import local_file as local_file
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
     from kd2m_jax.losses._metrics import spelled as spelled
@@ -46,7 +46,7 @@ _HOMES = {
     "is_first": "training._processes",
     "start": "training._processes",
     "watched": "training._processes",
-    "local_file": "_torch_weights",
+    "local_file": "models._torch_weights",
     "did_you_mean": "losses._checks",
     "spelled": "losses._metrics",
     "KERNELS": "losses._mmd",

@@ -105,7 +105,7 @@ class Checkpoints:
                 record = manager.restore(step, args=ocp.args.Composite(record=_JSON))["record"]
                 known = record.pop("arrays")
                 shapes = {name: shape for name, (shape, _) in known.items()}
-                same = named is None or shapes == _shapes(named)
+                same, found = named is None or shapes == _shapes(named), {}
                 if same:
                     like = named or {name: _empty(shape) for name, shape in shapes.items()}
                     tree = ocp.args.StandardRestore(like)

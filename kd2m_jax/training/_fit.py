@@ -95,21 +95,39 @@ def fit(
 ) -> FitResult[Any]: ...
 @overload
 def fit(
-    student: Model | list[Model],
+    student: Sequence[Model],
     data: Arrays | Iterable[Arrays],
     *,
-    metric: AnyMetric | list[AnyMetric] = None,
-    coef: Coef | str | list[Coef | str] = 1.0,
+    metric: AnyMetric | Sequence[AnyMetric] = None,
+    coef: Coef | str | Sequence[Coef | str] = 1.0,
+    **options: Unpack[_Options],
+) -> list[FitResult[Any]]: ...
+@overload
+def fit(
+    student: Model,
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: Sequence[AnyMetric],
+    coef: Coef | str | Sequence[Coef | str] = 1.0,
+    **options: Unpack[_Options],
+) -> list[FitResult[Any]]: ...
+@overload
+def fit(
+    student: Model,
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: AnyMetric = None,
+    coef: Sequence[Coef | str],
     **options: Unpack[_Options],
 ) -> list[FitResult[Any]]: ...
 def fit(
-    student: Model | list[Model],
+    student: Model | Sequence[Model],
     data: Arrays | Iterable[Arrays],
     *,
     teacher: Model | None = None,
     teacher_variables: object = None,
-    metric: AnyMetric | list[AnyMetric] = None,
-    coef: Coef | str | list[Coef | str] = 1.0,
+    metric: AnyMetric | Sequence[AnyMetric] = None,
+    coef: Coef | str | Sequence[Coef | str] = 1.0,
     task_coef: Coef = 1.0,
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = 10,

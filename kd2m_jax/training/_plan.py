@@ -80,12 +80,13 @@ class Students:
     @classmethod
     def of(cls, student, metric, coef, *, has_teacher: bool) -> "Students":
         """Give what is no list to all students; ValueError where lists or teacher do not fit."""
-        lengths = {len(g) for g in (student, metric, coef) if isinstance(g, list)}
+        several = (list, tuple)  # exactly: a Network is a NamedTuple
+        lengths = {len(g) for g in (student, metric, coef) if type(g) in several}
         if len(lengths) > 1 or 0 in lengths:
             raise ValueError("lists of students, metrics and coefs differ in length or are empty")
         (count,) = lengths or {1}
         models, metrics, coefs = (
-            g if isinstance(g, list) else [g] * count for g in (student, metric, coef)
+            list(g) if type(g) in several else [g] * count for g in (student, metric, coef)
         )
         without = {metric is None or metric == "none" for metric in metrics}
         if len(without) > 1:

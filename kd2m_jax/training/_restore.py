@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -23,17 +24,17 @@ def restore(
 ) -> M: ...
 @overload
 def restore(
-    checkpoint_dir: str | os.PathLike, model: list[M], which: Literal["last", "best"] = "last"
+    checkpoint_dir: str | os.PathLike, model: Sequence[M], which: Literal["last", "best"] = "last"
 ) -> list[M]: ...
 @overload
 def restore(
     checkpoint_dir: str | os.PathLike,
-    model: Model | list[Model],
+    model: Model | Sequence[Model],
     which: Literal["last", "best"] = "last",
 ) -> Any: ...
 def restore(
     checkpoint_dir: str | os.PathLike,
-    model: Model | list[Model],
+    model: Model | Sequence[Model],
     which: Literal["last", "best"] = "last",
 ) -> Any:
     """Read a student back that `fit` saved.
@@ -77,7 +78,8 @@ def restore(
         arrays = checkpoints.arrays(best=which == "best")
     if arrays is None:
         raise CheckpointError(f"no checkpoint in {os.fspath(checkpoint_dir)} can be read")
-    models = model if isinstance(model, list) else [model]
+    several = type(model) in (list, tuple)  # exactly: a Network is a NamedTuple
+    models: Any = model if several else [model]
     saved = {name.split("/")[0] for name in arrays}
     if len(saved) != len(models):
         raise CheckpointError(
@@ -85,7 +87,7 @@ def restore(
             f"{len(models)} models"
         )
     found = [_student(one, i, arrays, _PLACES[which]) for i, one in enumerate(models)]
-    return found if isinstance(model, list) else found[0]
+    return found if several else found[0]
 
 
 def _student(model: Model, number: int, arrays: dict[str, np.ndarray], places) -> Any:
