@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from kd2m_jax._compiler import compiler_flags as compiler_flags
     from kd2m_jax._compiler import set_compiler_flags as set_compiler_flags
     from kd2m_jax._locks import locked as locked
-    from kd2m_jax.models._torch_weights import local_file as local_file
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
     from kd2m_jax.losses._metrics import spelled as spelled
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
+    from kd2m_jax.models._torch_weights import local_file as local_file
     from kd2m_jax.training._auto_coef import auto_ratio as auto_ratio
     from kd2m_jax.training._batches import Batches as Batches
     from kd2m_jax.training._batches import steps_per_call as steps_per_call
