@@ -12,13 +12,14 @@ import dataclasses
 import importlib
 from typing import Annotated, Literal
 
-from experiments._common.cli import UsageError, _optional, main
+from experiments.common.cli import Flags, main, optional
+from experiments.common.errors import UsageError
 
 MODULES = {"classes": "losses", "gaussian": "losses", "gpu-step": "gpu", "gpu-epoch": "gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench:
+class Bench(Flags):
     """What to measure."""
 
     suite: Literal[
@@ -28,7 +29,7 @@ class Bench:
     """peers: w2, cw2 against torch + POT and ott-jax; classes: 10 against 1,000; gaussian: against
     eigendecompositions; growth: with n and d; step: what a metric adds; start: until the first
     step; devices: the global batch; population: 8 students in one program; gpu-*: on a GPU."""
-    repeats: Annotated[int | None, _optional("INT", "the suite's own")] = None
+    repeats: Annotated[int | None, optional("INT", "the suite's own")] = None
     """Measurements of each time, fewer where they take long."""
     out: str = "runs/bench"
     """Folder for JSON and plots."""

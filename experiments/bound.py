@@ -13,12 +13,12 @@ from typing import Annotated
 
 import tyro
 
-from experiments._common.cli import UsageError, main
-from experiments._common.cli import _optional as optional
+from experiments.common.cli import Flags, main, optional
+from experiments.common.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Bound(Flags):
     """Which run, and how finely."""
 
     run: str

@@ -9,7 +9,8 @@ ImageNet-pretrained setting: that is --stem=imagenet with --pretrained-teacher a
 --pretrained-student.
 """
 
-from experiments._common.cli import CifarSettings, Distillation, Networks, Training, main
+from experiments.common.cli import main
+from experiments.runs.settings import CifarSettings, Distillation, Networks, Training
 
 DEFAULTS = CifarSettings(
     distillation=Distillation(metric="cw2", coef="1e-4"),

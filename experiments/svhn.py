@@ -6,7 +6,8 @@ The paper's pair. 73,257 images to train and 26,032 to test, downloaded by tenso
 they are not on disk.
 """
 
-from experiments._common.cli import Distillation, Networks, Settings, Training, main
+from experiments.common.cli import main
+from experiments.runs.settings import Distillation, Networks, Settings, Training
 
 DEFAULTS = Settings(
     distillation=Distillation(metric="cw2", coef="1e-4"),

@@ -9,18 +9,19 @@ reused, so the same command continues an interrupted table.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
-from experiments._common.cli import _optional as optional
-from experiments._common.cli import main
 from experiments._common.grid import Grid
+from experiments.common.cli import Flags, main, optional
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Flags):
     """What the table has in it."""
+
+    after_stop: ClassVar[str] = "the same command continues"
 
     dataset: tuple[str, ...] = ("digits",)
     """Columns, of digits mnist svhn cifar10 cifar100."""

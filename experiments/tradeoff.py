@@ -8,16 +8,19 @@ from the same cells: what is finished under --out is reused. auto:RATIO tracks t
 """
 
 import dataclasses
+from typing import ClassVar
 
 import tyro
 
-from experiments._common.cli import main
 from experiments._common.grid import Grid
+from experiments.common.cli import Flags, main
 
 
 @dataclasses.dataclass(frozen=True)
-class Tradeoff:
+class Tradeoff(Flags):
     """Which lambdas of which metric."""
+
+    after_stop: ClassVar[str] = "the same command continues"
 
     dataset: str = "digits"
     """digits, mnist, svhn, cifar10 or cifar100."""
@@ -31,7 +34,7 @@ class Tradeoff:
 def run(settings: Tradeoff) -> None:
     """Train what is missing, then write and print the trade-off."""
     from experiments._common import grid, tradeoff
-    from experiments._common.cli import UsageError
+    from experiments.common.errors import UsageError
 
     if settings.metric.lower() == grid.ALONE or "+" in settings.metric:
         raise UsageError(f"--metric must be one metric, for one axis of λ: not {settings.metric}")

@@ -11,9 +11,9 @@ import optax
 from flax import nnx
 
 from experiments._common import bench
-from experiments._common.augment import preprocess
 from experiments._common.bench_step import beside_none, worst_case
-from experiments._common.data import DATASETS, Dataset
+from experiments.data.augment import preprocess
+from experiments.data.specs import DATASETS, Dataset
 from kd2m_jax import fit, from_nnx, models
 
 PAIR = ("resnet34", "resnet18")

@@ -12,7 +12,7 @@ from torch import nn  # pyright: ignore[reportMissingImports]
 
 from experiments._common import bench
 from experiments._common.bench_gpu import DTYPES, PAIR, epoch, random_images
-from experiments._common.data import Dataset
+from experiments.data.specs import Dataset
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)

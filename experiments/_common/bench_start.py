@@ -75,7 +75,8 @@ def _run(began: float, flags: list[str]) -> dict:
     import jax
 
     from experiments import digits
-    from experiments._common import cli, train  # noqa: F401  (what the main loads later)
+    from experiments._common import train  # noqa: F401  (what the main loads later)
+    from experiments.common import cli
     from kd2m_jax import _log
 
     seconds["imports"] = time.time() - began

@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 
 from experiments._common import bench, bench_answers
-from experiments._common.augment import preprocess
-from experiments._common.data import load
+from experiments.data.augment import preprocess
+from experiments.data.load import load
 from kd2m_jax import fit, from_nnx, init_state, losses, make_train_step, models, projected
 
 # Teacher, student, and the images: a shape is that of random ones and of untrained networks.

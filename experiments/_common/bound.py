@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments._common import figures, report, restore
+from experiments._common import report, restore
 from experiments._common.train import coefficient, fit_options
+from experiments.common import figures, tables
 from kd2m_jax import Outputs, fit, theory
 from kd2m_jax._batches import steps_per_epoch
 
@@ -47,7 +48,7 @@ def write(path: str | pathlib.Path, run: restore.Finished, points: int, examples
         f"gap <= W <= L2 holds at {count - len(broken)} of {count} points"
         + (f", not for {', '.join(broken)}" if broken else "")
         + f" (RBF kernel of bandwidth {sigma:.3g}, {len(labels)} test examples, exact plan).\n"
-        + report.aligned(_rows(measured))
+        + tables.aligned(_rows(measured))
     )
 
 
@@ -126,16 +127,16 @@ def _figure(path: pathlib.Path, measured: dict, sigma: float) -> None:
     """Above the chain, below the real classifiers' gap; a column a student."""
     figure, axes = figures.plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row")
     lines = {
-        "l2": ("L2", "#0072B2", "o"),
-        "w": ("W", "#E69F00", "s"),
-        "gap": ("gap", "#009E73", "^"),
+        "l2": ("L2", figures.BLUE, "o"),
+        "w": ("W", figures.ORANGE, "s"),
+        "gap": ("gap", figures.GREEN, "^"),
     }
     for i, (phase, points) in enumerate(measured.items()):
         epochs = [p["epoch"] for p in points]
         for key, (label, colour, marker) in lines.items():
             axes[0][i].plot(epochs, [p[key] for p in points], marker=marker, color=colour,
                             label=label, markersize=4)  # fmt: skip
-        axes[1][i].plot(epochs, [p["cross_entropy_gap"] for p in points], "D-", color="#CC79A7",
+        axes[1][i].plot(epochs, [p["cross_entropy_gap"] for p in points], "D-", color=figures.PINK,
                         markersize=4)  # fmt: skip
         axes[0][i].set_title(report.TITLES[phase], fontsize=10)
         axes[1][i].set_xlabel("epoch")

@@ -3,9 +3,10 @@
 import hashlib
 import json
 
-from experiments._common.cli import Settings, UsageError, coefficients
-from experiments._common.data import Dataset
-from experiments._common.protocols import PROTOCOLS
+from experiments.common.errors import UsageError
+from experiments.data.specs import Dataset, data_sha256, sha256
+from experiments.runs.protocols import PROTOCOLS
+from experiments.runs.settings import Settings, coefficients
 from kd2m_jax._torch_weights import local_file
 from kd2m_jax.losses._metrics import spelled
 
@@ -52,23 +53,11 @@ def configuration(settings: Settings, dataset: Dataset) -> dict:
     }
 
 
-def data_sha256(dataset: Dataset) -> str:
-    """Of all images and labels, for training and for testing."""
-    return _sha256(*(a.tobytes() for a in (*dataset.train, *dataset.test)))
-
-
-def _sha256(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
 def _file_sha256(role: str, path: str | None) -> str | None:
     """Of torch weights, fetched first where they are on a hub."""
     if path is None:
         return None
     try:
-        return _sha256(local_file(path).read_bytes())
+        return sha256(local_file(path).read_bytes())
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(f"--pretrained-{role}: {error}") from error

@@ -5,19 +5,17 @@ import pathlib
 
 import numpy as np
 
-from experiments._common import figures, report, restore
+from experiments._common import report, restore
+from experiments.common import figures, tables
 from kd2m_jax import Outputs, losses
 
-# Okabe and Ito's eight, and two more for the ninth and tenth class.
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000")
-PALETTE += ("#999999", "#7F4F24")
 HEADER = ("", "silhouette", "W2² to teacher", "CW2² to teacher", "L2² to teacher", "accuracy (%)")
 
 
 def write(path: str | pathlib.Path, run: restore.Finished, examples: int, seed: int) -> str:
     """Write features.json and features.png into the run folder; returns the numbers as text."""
     images, labels = run.dataset.test
-    kept = labels < len(PALETTE)  # so many classes can be told apart by colour
+    kept = labels < len(figures.CLASSES)  # so many classes can be told apart by colour
     images, labels = images[kept][:examples], labels[kept][:examples]
     out = {k: restore.outputs(model, run.dataset, images) for k, model in run.trained.items()}
     restore.same_size(out)
@@ -32,7 +30,7 @@ def write(path: str | pathlib.Path, run: restore.Finished, examples: int, seed: 
         (report.TITLES[k], *(f"{v:.3g}" if i < 4 else f"{v:.2f}" for i, v in enumerate(n.values())))
         for k, n in numbers.items()
     ]
-    return report.aligned([HEADER, *rows])
+    return tables.aligned([HEADER, *rows])
 
 
 def _numbers(student: Outputs, teacher: Outputs, labels: np.ndarray) -> dict[str, float]:
@@ -69,7 +67,7 @@ def _tsne(features: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
 def _figure(path: pathlib.Path, planes: dict, labels: np.ndarray, run: restore.Finished) -> None:
     """Without and with distillation: either student with the teacher, in both planes."""
     figure, axes = figures.plt.subplots(2, 2, figsize=(9, 8.6), sharex="row", sharey="row")
-    colours = np.array(PALETTE)[labels]
+    colours = np.array(figures.CLASSES)[labels]
     for row, (method, plane) in zip(axes, planes.items(), strict=True):
         for axis, student in zip(row, ("student", "distilled"), strict=True):
             when = "without" if student == "student" else "with"

@@ -1,18 +1,15 @@
 """The folder that a run leaves: configuration, environment, metrics, events, checkpoints."""
 
 import contextlib
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
-import re
 import shutil
 
 from tensorboardX import SummaryWriter
 
-from experiments._common.cli import UsageError
-from kd2m_jax._locks import locked
+from experiments.common import machine
+from experiments.common.errors import UsageError
+from kd2m_jax.internal import locked
 
 OURS = ("config.json", "env.json", "metrics.jsonl", "report.md", "curves.png", "diverged.json")
 OUR_FOLDERS = ("checkpoints", "tensorboard")
@@ -78,9 +75,7 @@ class RunFolder:
 
     def write_environment(self, **more) -> None:
         """Versions and machine, what may explain a difference between two runs."""
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        host = {"python": platform.python_version(), "machine": platform.machine(), **processor()}
-        env = {**host, "packages": versions, **more}
+        env = {**machine.host(), "packages": machine.versions(PACKAGES), **more}
         if (self.path / "env.json").exists():
             before = json.loads((self.path / "env.json").read_text())
             speed, earlier = before.pop("images_per_second"), before.pop("earlier", [])
@@ -120,13 +115,6 @@ class RunFolder:
                 writer.flush()
 
         return write
-
-
-def processor() -> dict:
-    """The CPU's model, where Linux tells it, and how many cores there are."""
-    info = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return {"cpu": found[1] if found else platform.processor(), "cores": os.cpu_count()}
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 from tqdm import tqdm
 
-from experiments._common.cli import Distillation, Run, Settings, UsageError, check
-from experiments._common.cli import _optional as optional
-from experiments._common.data import DATASETS, Dataset
 from experiments._common.folder import RunFolder, read_metrics
+from experiments.common.cli import optional
+from experiments.common.errors import UsageError
+from experiments.data.specs import DATASETS, Dataset, shortened
+from experiments.runs.settings import Distillation, Run, Settings, check
 
 ALONE = "none"
 _MAINS = "the main's"
@@ -169,9 +170,9 @@ def train(grid: Grid, wanted: list[Cell], together: bool = False) -> dict[str, d
 
     Returns for each data set how many examples there are to train and to test on.
     """
-    from experiments._common.data import load
     from experiments._common.population import train_together
     from experiments._common.train import distil
+    from experiments.data.load import load
     from kd2m_jax import NonFiniteLoss
 
     dataset, sizes = None, {}
@@ -197,12 +198,6 @@ def train(grid: Grid, wanted: list[Cell], together: bool = False) -> dict[str, d
                         tqdm.write(f"{name}, seed {seed}, {one.row}: {error}; left out")
                 bar.update()
     return sizes
-
-
-def shortened(dataset: Dataset, examples: int) -> Dataset:
-    """The data set with its first so many training images only."""
-    images, labels = dataset.train
-    return dataclasses.replace(dataset, train=(images[:examples], labels[:examples]))
 
 
 def _settled(one: Cell, dataset: Dataset) -> bool:

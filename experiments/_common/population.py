@@ -12,9 +12,7 @@ import jax
 from tqdm import tqdm
 
 from experiments._common import restore
-from experiments._common.cli import UsageError
 from experiments._common.configuration import teacher_name
-from experiments._common.data import Dataset
 from experiments._common.folder import RunFolder
 from experiments._common.grid import Cell
 from experiments._common.train import (
@@ -27,6 +25,8 @@ from experiments._common.train import (
     configured,
     fit_options,
 )
+from experiments.common.errors import UsageError
+from experiments.data.specs import Dataset
 from kd2m_jax import NonFiniteLoss, fit
 from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._checkpoints import Checkpoints

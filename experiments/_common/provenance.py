@@ -4,8 +4,9 @@ import datetime
 import json
 from collections.abc import Iterable
 
-from experiments._common.folder import processor, read_metrics
+from experiments._common.folder import read_metrics
 from experiments._common.grid import ALONE, Cell
+from experiments.common.machine import processor
 
 _HOST = ("python", "machine", "cpu", "cores", "devices")
 

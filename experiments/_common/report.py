@@ -2,17 +2,11 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from experiments._common.folder import read_metrics
+from experiments.common import tables
+from experiments.common.figures import PHASES, finish, plt
 
-# Okabe and Ito's colours, distinct for colour-blind readers.
-COLOURS = {"teacher": "#0072B2", "student": "#E69F00", "distilled": "#009E73"}
 TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "distilled student"}
 HEADER = ("", "network", "parameters", "test accuracy", "best epoch")
 
@@ -41,26 +35,7 @@ def rows(path: str | pathlib.Path) -> list[tuple[str, ...]]:
 
 def text_table(path: str | pathlib.Path) -> str:
     """The final table for a terminal."""
-    return aligned([HEADER, *rows(path)], words=2)
-
-
-def aligned(table: Sequence[Sequence[str]], words: int = 1) -> str:
-    """A header and rows for a terminal; the first columns are words, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def markdown(table: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """The same in Markdown, as lines."""
-    rule = ["---" if i < words else "---:" for i in range(len(table[0]))]
-    return ["| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])]
+    return tables.aligned([HEADER, *rows(path)], words=2)
 
 
 def write(path: str | pathlib.Path) -> None:
@@ -71,7 +46,7 @@ def write(path: str | pathlib.Path) -> None:
     _curves(path)
     title = f"{config['dataset']}: {config['teacher']} to {config['student']}"
     out = [f"# {title}, metric {config['metric']}", ""]
-    out += markdown([HEADER, *rows(path)], words=2)
+    out += tables.markdown([HEADER, *rows(path)], words=2)
     out += [
         "",
         "Test accuracy is that of the last epoch, over all test examples; the best epoch's is "
@@ -112,10 +87,10 @@ def _curves(path: pathlib.Path) -> None:
     panels = [("test_accuracy", "test accuracy (%)"), ("task_loss", "cross-entropy (nats)")]
     if any("distillation_loss" in r for r in lines):
         panels.append(("distillation_loss", f"{config['metric']} to the teacher"))
-    phases = {phase: _with_epochs([r for r in lines if r["phase"] == phase]) for phase in COLOURS}
+    phases = {phase: _with_epochs([r for r in lines if r["phase"] == phase]) for phase in PHASES}
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
-        for phase, colour in COLOURS.items():
+        for phase, colour in PHASES.items():
             points = [(epoch, r[key]) for epoch, r in phases[phase] if key in r]
             if points:
                 x, y = zip(*points, strict=True)
@@ -127,11 +102,8 @@ def _curves(path: pathlib.Path) -> None:
             axis.set_yscale("log")
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path / "curves.png", dpi=150)
-    plt.close(figure)
+    finish(figure, path / "curves.png")
 
 
 def _with_epochs(records: list[dict]) -> list[tuple[float, dict]]:

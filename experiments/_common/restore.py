@@ -10,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments._common.augment import preprocess
-from experiments._common.cli import UsageError
-from experiments._common.configuration import data_sha256, teacher_name
-from experiments._common.data import Dataset, load
-from experiments._common.grid import ALONE, shortened
-from experiments._common.protocols import PROTOCOLS
+from experiments._common.configuration import teacher_name
+from experiments._common.grid import ALONE
 from experiments._common.train import (
     _metric,
     _network,
     _with_class_cost,
     _with_projector,
 )
+from experiments.common.errors import UsageError
+from experiments.data.augment import preprocess
+from experiments.data.load import load
+from experiments.data.specs import Dataset, data_sha256, shortened
+from experiments.runs.protocols import PROTOCOLS
 from kd2m_jax import Network, Outputs, losses
 from kd2m_jax._checkpoints import Checkpoints
 from kd2m_jax.networks import as_network

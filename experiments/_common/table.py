@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 
-from experiments._common import figures, intervals, provenance, report
+from experiments._common import intervals, provenance
 from experiments._common.grid import ALONE, Cell, scores
+from experiments.common import figures, tables
 
 # Test accuracy in percent, ResNet-34 to ResNet-18: Fernandes Montesuma, KD2M, GSI 2025, arXiv
 # 2504.01757. One seed, ImageNet-pretrained networks, and a student alone that never anneals.
@@ -49,9 +51,9 @@ def write(out: str | pathlib.Path, cells: list[Cell], sizes: dict[str, dict[str,
     (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
     (out / "table.md").write_text("\n".join(_markdown(table)) + "\n")
     (out / "table.tex").write_text("\n".join(_latex(table)) + "\n")
-    figures.table(out / "table.png", {**datasets, **_averaged(table)})
+    _figure(out / "table.png", {**datasets, **_averaged(table)})
     return "\n\n".join(
-        f"{_title(name, found)}\n{report.aligned(_rows(found))}\n{_sentence(found)}"
+        f"{_title(name, found)}\n{tables.aligned(_rows(found))}\n{_sentence(found)}"
         for name, found in {**datasets, **_averaged(table)}.items()
     )
 
@@ -229,9 +231,9 @@ def _markdown(table: dict) -> list[str]:
     lines += [f"{table['seeds']} seeds. {CAVEAT}", ""]
     datasets = {**table["datasets"], **_averaged(table)}
     if table["average"]:
-        lines += [*report.markdown(_columns(table)), ""]
+        lines += [*tables.markdown(_columns(table)), ""]
     for name, found in datasets.items():
-        lines += [f"## {_title(name, found)}", "", *report.markdown(_rows(found)), ""]
+        lines += [f"## {_title(name, found)}", "", *tables.markdown(_rows(found)), ""]
         lines += [_sentence(found), ""]
     if any(row["published"] for d in datasets.values() for row in d["rows"].values()):
         lines += [
@@ -301,3 +303,39 @@ def _escaped(name: str) -> str:
 def _maths(text: str) -> str:
     """Numbers in math mode, where a minus is one."""
     return re.sub(r"[-+]?\d[\d.]*", r"$\g<0>$", text).replace("±", r"$\pm$")
+
+
+def _figure(path: pathlib.Path, datasets: dict[str, dict]) -> None:
+    """Draw a row of two panels per data set: accuracies, and differences to the student alone."""
+    longest = max(len(found["rows"]) for found in datasets.values())
+    figure, axes = figures.plt.subplots(
+        len(datasets),
+        2,
+        figsize=(8, len(datasets) * (1 + 0.28 * longest)),
+        squeeze=False,
+        sharey="row",
+    )
+    for (left, right), (name, found) in zip(axes, datasets.items(), strict=True):
+        rows = list(found["rows"].items())
+        titles = {"teacher": "teacher", "none": "student alone"}
+        for y, (metric, row) in enumerate(rows):
+            colour = {"teacher": figures.PHASES["teacher"], "none": figures.PHASES["student"]}.get(
+                metric, figures.PHASES["distilled"]
+            )
+            values = [value for value in row["last"]["values"] if value is not None]
+            left.plot(values, [y] * len(values), "|", color=figures.GREY, markersize=7)
+            figures.dot(left, row["last"], y, colour)
+            if row["difference"]:
+                figures.dot(right, row["difference"], y, colour)
+        right.axvline(0, color=figures.PHASES["student"], linewidth=1)
+        left.set_yticks(range(len(rows)), [titles.get(metric, metric) for metric, _ in rows])
+        left.invert_yaxis()
+        left.set_xlabel(f"{name}: test accuracy (%)")
+        right.set_xlabel("minus student alone (points)")
+    entries = [
+        Line2D([], [], color=figures.GREY, marker="|", linestyle="none", label="a single seed"),
+        Line2D([], [], color=figures.PHASES["distilled"], marker="o", label="mean, 95% interval"),
+    ]
+    axes[0][0].legend(handles=entries, loc="lower left", bbox_to_anchor=(0, 1), ncols=2,
+                      frameon=False, fontsize=8)  # fmt: skip
+    figures.finish(figure, path)

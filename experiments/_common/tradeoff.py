@@ -10,9 +10,10 @@ from collections.abc import Iterable
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments._common import figures, intervals, provenance, report
+from experiments._common import intervals, provenance
 from experiments._common.folder import read_metrics
 from experiments._common.grid import ALONE, Cell, scores
+from experiments.common import figures, tables
 
 HEADER = ("λ", "accuracy (%)", "minus alone", "95% interval", "p (Holm)")
 HEADER += ("cross-entropy (nats)", "distance")
@@ -61,7 +62,7 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
         "λ from this table is to pick it on the test set."
     )
     (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-    lines = [f"# {title}", "", "```bash", found["command"], "```", "", *report.markdown(rows), ""]
+    lines = [f"# {title}", "", "```bash", found["command"], "```", "", *tables.markdown(rows), ""]
     lines += [
         note,
         "",
@@ -72,7 +73,7 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
     ]
     (out / f"{name}.md").write_text("\n".join(lines))
     _figure(out / f"{name}.png", found)
-    return f"{title}\n{report.aligned(rows)}\n\n{note}"
+    return f"{title}\n{tables.aligned(rows)}\n\n{note}"
 
 
 def _last_epoch(path: pathlib.Path) -> dict[str, float | None]:
@@ -136,7 +137,7 @@ def _figure(path: pathlib.Path, found: dict) -> None:
                 for coef, row in sorted(shown.items(), key=lambda item: item[1]["lambda"])
                 if coef.startswith("auto") == auto and row[key]["mean"] is not None
             ]
-            colour = figures.COLOURS["teacher"] if auto else figures.COLOURS["distilled"]
+            colour = figures.PHASES["teacher"] if auto else figures.PHASES["distilled"]
             for i, (x, summary) in enumerate(points):
                 if summary["interval"]:
                     axis.plot([x, x], summary["interval"], color=colour, linewidth=1.5)
@@ -154,14 +155,14 @@ def _figure(path: pathlib.Path, found: dict) -> None:
     for axis in grid[1]:
         axis.set_xlabel("λ")
     for phase in ("teacher", "alone"):
-        colour = figures.COLOURS["student"] if phase == "alone" else figures.GREY
+        colour = figures.PHASES["student"] if phase == "alone" else figures.GREY
         title = "student alone" if phase == "alone" else "teacher"
         if found[phase]["mean"] is None:
             continue
         axes[0].axhline(found[phase]["mean"], color=colour, linewidth=1, label=title)
         if phase == "alone" and found[phase]["interval"]:
             axes[0].axhspan(*found[phase]["interval"], color=colour, alpha=0.15, linewidth=0)
-    axes[1].axhline(0, color=figures.COLOURS["student"], linewidth=1)
+    axes[1].axhline(0, color=figures.PHASES["student"], linewidth=1)
     # Above, for where there is room inside depends on the metric.
     axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
     figures.finish(figure, path)

@@ -19,12 +19,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments._common import report
-from experiments._common.augment import preprocess
-from experiments._common.cli import Run, Settings, UsageError, check
 from experiments._common.configuration import configuration, teacher_name
-from experiments._common.data import Dataset, load
 from experiments._common.folder import RunFolder
-from experiments._common.protocols import PROTOCOLS
+from experiments.common.errors import UsageError
+from experiments.data.augment import preprocess
+from experiments.data.load import load
+from experiments.data.specs import Dataset
+from experiments.runs.protocols import PROTOCOLS
+from experiments.runs.settings import Run, Settings, check
 from kd2m_jax import FitResult, Network, Outputs, fit, losses, models, projected
 from kd2m_jax._batches import steps_per_epoch
 from kd2m_jax._locks import locked

@@ -23,8 +23,8 @@ from experiments._common import (
     bench_peers,
     bench_start,
     bench_step,
-    cli,
 )
+from experiments.common import cli
 from kd2m_jax import Outputs, from_nnx, losses
 
 

@@ -19,9 +19,11 @@ from matplotlib import get_cachedir
 from torch_files import pickled_state, torch_state, write_pth, write_safetensors
 
 from experiments import digits
-from experiments._common import cli, report, train
-from experiments._common.data import load
+from experiments._common import report, train
 from experiments._common.folder import read_metrics
+from experiments.common import cli
+from experiments.data.load import load
+from experiments.runs.settings import Run
 from kd2m_jax._locks import locked
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +238,7 @@ def test_a_second_run_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_pat
 
 
 def test_teachers_are_told_apart_by_all_that_made_them():
-    settings = dataclasses.replace(digits.DEFAULTS, run=cli.Run())
+    settings = dataclasses.replace(digits.DEFAULTS, run=Run())
     data = load("digits")
     ours = train.configuration(settings, data)
     name = train.teacher_name(ours)

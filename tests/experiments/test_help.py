@@ -9,7 +9,7 @@ import pytest
 
 from experiments import bound, digits, table
 from experiments.__main__ import NAMES
-from experiments._common import cli
+from experiments.common import cli
 from kd2m_jax import NonFiniteLoss
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 
 from experiments import digits
-from experiments._common import cli, train
-from experiments._common.data import load
+from experiments._common import train
 from experiments._common.folder import read_metrics
+from experiments.common import cli
+from experiments.common.errors import UsageError
+from experiments.data.load import load
+from experiments.runs.settings import Distillation
 from kd2m_jax import losses, models
 
 MLPS = ["--teacher=mlp-16-8", "--student=mlp-6-8"]
@@ -61,7 +64,7 @@ def test_published_weights(shell):
 
 
 def test_a_published_decay_is_over_all_epochs():
-    settings = cli.Distillation("wkd-l", "published")
+    settings = Distillation("wkd-l", "published")
     settings = dataclasses.replace(digits.DEFAULTS, distillation=settings)
     data = load("digits")
     config = train.configuration(settings, data) | {"max_steps": 3}
@@ -116,7 +119,7 @@ def test_a_class_without_two_images_is_a_mistake_of_the_user():
     images, labels = data.train
     kept = np.flatnonzero((labels != 3) | (np.cumsum(labels == 3) == 1))[:600]
     poor = dataclasses.replace(data, train=(images[kept], labels[kept]))
-    with pytest.raises(cli.UsageError, match="--metric=wkd-l: CKA needs two rows of each class"):
+    with pytest.raises(UsageError, match="--metric=wkd-l: CKA needs two rows of each class"):
         train._with_class_cost(losses.get_metric("wkd-l"), network("mlp-8-4"), poor)
 
 

@@ -11,15 +11,17 @@ import pytest
 from tqdm import tqdm
 
 from experiments import digits
-from experiments._common import cli, report, train
+from experiments._common import report, train
 from experiments._common.folder import RunFolder
-from experiments._common.protocols import PROTOCOLS
+from experiments.common import cli
+from experiments.runs import settings
+from experiments.runs.protocols import PROTOCOLS
 
 
 def test_the_users_home_after_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    read = lambda settings: found.append(settings)  # noqa: E731
-    found: list[cli.Settings] = []
+    read = lambda one: found.append(one)  # noqa: E731
+    found: list[settings.Settings] = []
     flags = ["--out=~/x", "--pretrained-teacher=~/w.pth", "--data-dir=~", "--metric=w2@logits"]
     monkeypatch.setattr(sys, "argv", ["main", *flags])
     cli.main(digits.DEFAULTS, read, module="experiments.digits", description="")

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from experiments import table, tradeoff
-from experiments._common import bench_population, cli, population, restore, train
+from experiments._common import bench_population, population, restore, train
 from experiments._common.folder import read_metrics
+from experiments.common import cli
 
 COEFS = ("0.01", "0.1", "auto:0.3")
 

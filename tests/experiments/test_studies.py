@@ -12,11 +12,13 @@ from flax import nnx
 
 from experiments import bound, digits, features, table, tradeoff
 from experiments._common import bound as bounds
-from experiments._common import cli, restore
 from experiments._common import features as embeddings
+from experiments._common import restore
 from experiments._common import tradeoff as studies
-from experiments._common.data import Dataset
 from experiments._common.folder import read_metrics
+from experiments.common import cli
+from experiments.common.errors import UsageError
+from experiments.data.specs import Dataset
 from kd2m_jax import Outputs, losses, models
 
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=64"]
@@ -192,7 +194,7 @@ def test_features_take_so_many_examples_of_ten_classes(tmp_path):
     run = restore.Finished({}, data, losses.get_metric("l2"), {}, trained)
     embeddings.write(tmp_path, run, examples=25, seed=0)
     assert json.loads((tmp_path / "features.json").read_text())["examples"] == 25
-    with pytest.raises(cli.UsageError, match="as resnet20 and resnet8 do"):
+    with pytest.raises(UsageError, match="as resnet20 and resnet8 do"):
         embeddings.write(
             tmp_path, run._replace(trained=trained | {"student": network(3, 5)}), 25, 0
         )
@@ -212,7 +214,7 @@ def test_a_run_on_a_part_of_the_data_with_class_costs(monkeypatch, capsys, tmp_p
     config = json.loads((cell / "config.json").read_text())
     old = {key: value for key, value in config.items() if key != "train_examples"}
     (cell / "config.json").write_text(json.dumps(old))
-    with pytest.raises(cli.UsageError, match="was trained on other images than those of digits"):
+    with pytest.raises(UsageError, match="was trained on other images than those of digits"):
         restore.finished(cell, None)
     in_process(monkeypatch, table, table.Table(), *flags, "--metrics", "wkd-l=1")
     assert json.loads((cell / "config.json").read_text()) == config

@@ -12,10 +12,11 @@ from flax import nnx
 from scipy import stats
 
 from experiments import table
-from experiments._common import cli, restore, train
+from experiments._common import restore, train
 from experiments._common import table as tables
 from experiments._common.folder import read_metrics
 from experiments._common.grid import Grid, cell, cells
+from experiments.common import cli
 
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=64", "--max-steps=3"]
 

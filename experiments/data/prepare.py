@@ -1,8 +1,8 @@
-"""Downloads and prepares data sets in the format of tensorflow-datasets, without TensorFlow.
+"""Download and prepare data sets in the format of tensorflow-datasets, without TensorFlow.
 
 The official builders know the archives, their checksums and the features, but need TensorFlow to
-open an archive and to encode an image. Here these two steps are done by NumPy, SciPy and Pillow;
-what is written reads back through the stock `tfds.data_source`.
+open an archive and to encode an image. Here NumPy, SciPy and Pillow do these two steps. The stock
+`tfds.data_source` reads the files that are written here.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ from PIL import Image
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from experiments._common.data import DataError, Spec, reading
-from kd2m_jax._locks import CheckpointError, locked
+from experiments.common.errors import DataError, reading
+from experiments.data.specs import Spec
+from kd2m_jax import CheckpointError
+from kd2m_jax.internal import locked
 
 # Seconds that a server may take to answer before it counts as out of reach.
 PATIENCE = 15
@@ -34,9 +36,9 @@ Columns = Mapping[str, object]  # feature -> one value per example
 
 
 def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
-    """Downloads and prepares `spec.source` in the data folder `root`.
+    """Download and prepare `spec.source` in the data folder `root`.
 
-    Archives in `root/downloads/manual` are taken from there, those of an earlier run from
+    Archives in `root/downloads/manual` are taken from there, archives of an earlier run from
     `root/downloads`. The checksum of each is verified. tfds writes into a folder of another name
     and renames it at the end, so an interruption leaves nothing that looks complete.
 
@@ -50,7 +52,7 @@ def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
     # tfds prints what it does: the standard output belongs to the experiment.
     prints = sys.stderr if progress else io.StringIO()
     try:
-        # Where several begin at once the first one prepares, and tfds lets the others pass.
+        # Where several processes begin at once the first one prepares; tfds lets the others pass.
         lock = locked(root / spec.source / ".lock", waiting=print)
         with contextlib.redirect_stdout(prints), lock:
             builder.download_and_prepare(download_config=config)
@@ -69,7 +71,7 @@ def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
 
 
 def _how_to_get(spec: Spec, root: pathlib.Path, error: Exception) -> str:
-    """What to say where there is neither data nor network."""
+    """Say how to get the data, where there is neither data nor network."""
     manual = root / "downloads" / "manual"
     missing = [name for name in _SOURCES[spec.source][0] if not (manual / name).exists()]
     command = f"python -m {spec.experiment} --data-dir={shlex.quote(str(root))}"
@@ -83,7 +85,7 @@ def _how_to_get(spec: Spec, root: pathlib.Path, error: Exception) -> str:
 
 
 def _builder_class(source: str):
-    """The official builder of a data set, less TensorFlow."""
+    """Return the official builder of a data set, without TensorFlow."""
     official: Any = tfds.builder_cls(source)
     archives, read = _SOURCES[source]
 
@@ -110,7 +112,7 @@ def _builder_class(source: str):
 
 
 def _read_cifar(builder, paths) -> dict[str, Columns]:
-    """Binary rows: one byte per label, then 3x32x32 bytes of image."""
+    """Read binary rows: one byte per label, then 3x32x32 bytes of image."""
     (path,) = paths
     info = builder._cifar_info
     keys = info.label_keys
@@ -134,7 +136,7 @@ def _read_cifar(builder, paths) -> dict[str, Columns]:
 
 
 def _read_svhn(builder, paths) -> dict[str, Columns]:
-    """Matlab files: X [32, 32, 3, n], y [n, 1] with 10 for the digit 0.
+    """Read Matlab files: X [32, 32, 3, n], y [n, 1] with 10 for the digit 0.
 
     The archive "extra" of the official builder is left out: 1.2 GiB that nothing here reads.
     """
@@ -149,7 +151,7 @@ def _read_svhn(builder, paths) -> dict[str, Columns]:
 
 
 def _read_mnist(builder, paths) -> dict[str, Columns]:
-    """Compressed idx files: the number of axes in byte 3, their lengths, then the values."""
+    """Read compressed idx files: the number of axes in byte 3, their lengths, then the values."""
 
     def read(path):
         with _archive(path), gzip.open(path) as file:
@@ -193,11 +195,11 @@ _tfds_open_url = downloader._open_url
 
 
 def _open_url(url, **kwargs):
-    """Asks a server once, within `PATIENCE`, before tfds downloads from it.
+    """Ask a server once, within `PATIENCE`, before tfds downloads from it.
 
-    Out of reach, tfds tries again for minutes, and where a firewall drops the packets it waits
-    for the system's own limits, address by address. The first request is made in a thread because
-    its time-out holds per address, and not at all for the name's resolution.
+    If a server is out of reach, tfds tries again for minutes. Where a firewall drops the packets
+    it waits for the system's own limits, address by address. The first request is made in a thread
+    because its time-out holds per address, and not at all for the name's resolution.
     """
     outcome = []
 
@@ -219,7 +221,7 @@ def _open_url(url, **kwargs):
     return _tfds_open_url(url, timeout=60, **kwargs)
 
 
-# For good, not while `prepare` runs: it fails with the first download that does, and the others,
-# in threads of their own which Python waits for at its exit, may not have come this far.
+# For good, not only while `prepare` runs. `prepare` fails with the first failed download; the other
+# downloads run in threads that Python waits for at exit, and may not have come this far.
 downloader._open_url = _open_url
 downloader.MAX_RETRIES = 1

@@ -1,105 +1,23 @@
-"""The data sets of the experiments, as arrays in memory.
+"""Read a data set into memory.
 
-`load("cifar10", data_dir)` reads what tensorflow-datasets keeps on disk, without TensorFlow, and
-downloads and prepares it first where it is missing. `load("digits")` needs neither disk nor
-network.
+`load("cifar10", data_dir)` reads the files of tensorflow-datasets without TensorFlow. Where they
+are missing it downloads and prepares them first. `load("digits")` needs neither disk nor network.
 """
 
-import contextlib
-import dataclasses
-import difflib
 import io
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A data set in memory.
-
-    Attributes:
-      name: a key of `DATASETS`.
-      classes: the names of the classes; label i is `classes[i]`.
-      train: images uint8 [n, height, width, channels], labels int32 [n].
-      test: likewise.
-      mean: of the training pixels per channel, in units of the raw uint8 value.
-      std: likewise.
-      crop_padding: augment by a random crop after padding by this many pixels; 0: no crop.
-      flip: augment by a random horizontal flip.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_padding: int
-    flip: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is known of a data set before it is read.
-
-    Attributes:
-      source: its name in tensorflow-datasets.
-      experiment: the arguments of `python -m` that run on it.
-      mean, std, crop_padding, flip: as in `Dataset`.
-    """
-
-    source: str
-    experiment: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_padding: int = 0
-    flip: bool = False
-
-
-DATASETS = {
-    "cifar10": Spec(
-        "cifar10",
-        "experiments.cifar --dataset=cifar10",
-        mean=(125.307, 122.950, 113.865),  # measured
-        std=(62.993, 62.089, 66.705),
-        crop_padding=4,
-        flip=True,
-    ),
-    # Not measured here: what much published CIFAR-100 code has, 0.50707516, 0.48654887, 0.44091784
-    # and 0.26733429, 0.25643846, 0.27615047, times 255.
-    "cifar100": Spec(
-        "cifar100",
-        "experiments.cifar --dataset=cifar100",
-        mean=(129.304, 124.070, 112.434),
-        std=(68.170, 65.392, 70.418),
-        crop_padding=4,
-        flip=True,
-    ),
-    # Likewise, of the training split without "extra": 0.4376821, 0.4437697, 0.47280442 and
-    # 0.19803012, 0.20101562, 0.19703614, times 255. No flip: a mirrored digit is no digit.
-    "svhn": Spec(
-        "svhn_cropped",
-        "experiments.svhn",
-        mean=(111.609, 113.161, 120.565),
-        std=(50.498, 51.259, 50.244),
-        crop_padding=4,
-    ),
-    "mnist": Spec("mnist", "experiments.mnist", mean=(33.318,), std=(78.567,)),  # measured
-    "digits": Spec("", "experiments.digits", mean=(4.884,), std=(6.016,)),  # measured
-}
-
-
-class DataError(RuntimeError):
-    """A data set that cannot be had or cannot be trusted; the message says what to do."""
+from experiments.common.errors import reading
+from experiments.data.specs import DATASETS, Dataset, Spec
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> Dataset:
-    """Returns a data set as arrays, downloaded and prepared first if it is not on disk.
+    """Return a data set as arrays; download and prepare it first if it is not on disk.
 
     Args:
       name: a key of `DATASETS`.
@@ -112,8 +30,9 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
       DataError: if the data is not there and cannot be downloaded, or is damaged.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS) or list(DATASETS)
-        raise ValueError(f"unknown data set {name!r}: did you mean {' or '.join(near)}?")
+        from kd2m_jax.internal import did_you_mean  # loads JAX
+
+        raise ValueError(f"unknown data set {name!r}: {did_you_mean(name, DATASETS)}")
     spec = DATASETS[name]
     if name == "digits":
         classes, train, test = _digits()
@@ -122,22 +41,10 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
     return Dataset(name, classes, train, test, spec.mean, spec.std, spec.crop_padding, spec.flip)
 
 
-@contextlib.contextmanager
-def reading(path: str | os.PathLike, remedy: str) -> Iterator[None]:
-    """Turns any failure inside into a `DataError` that names the file."""
-    try:
-        yield
-    except (DataError, ImportError, MemoryError):  # not the file's fault
-        raise
-    except Exception as error:
-        # Some messages hold a whole example: the beginning, on one line, says what is wrong.
-        reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
-        raise DataError(f"{path} cannot be used: {reason}\n{remedy}") from error
-
-
 def _digits():
-    """scikit-learn's 8x8 digits, values 0 to 16: a fixed split, stratified by class."""
-    from sklearn.datasets import load_digits  # here: a second to import, for this set alone
+    """Split scikit-learn's 8x8 digits, values 0 to 16: always the same, stratified by class."""
+    # Imported here because it takes a second and only this data set needs it.
+    from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
@@ -151,8 +58,8 @@ def _digits():
 
 
 def _prepared(spec: Spec, data_dir: str | os.PathLike | None, progress: bool):
-    """Class names, training and test split of a data set of tensorflow-datasets."""
-    import tensorflow_datasets as tfds  # here: digits needs none of it
+    """Return class names, training and test split of a data set of tensorflow-datasets."""
+    import tensorflow_datasets as tfds  # imported here because digits does not need it
     from tensorflow_datasets.core import constants
 
     root = pathlib.Path(data_dir or constants.DATA_DIR).expanduser()
@@ -163,9 +70,9 @@ def _prepared(spec: Spec, data_dir: str | os.PathLike | None, progress: bool):
     with reading(root / spec.source, remedy):
         builder: Any = tfds.builder(spec.source, data_dir=root)
         if not builder.data_path.exists():
-            from experiments._common import _prepare
+            from experiments.data.prepare import prepare
 
-            _prepare.prepare(spec, root, progress)
+            prepare(spec, root, progress)
             builder = tfds.builder(spec.source, data_dir=root)
     with reading(builder.data_path, remedy):
         if not builder.is_prepared():
@@ -178,7 +85,7 @@ def _prepared(spec: Spec, data_dir: str | os.PathLike | None, progress: bool):
 
 
 def _decode(builder, split: str, remedy: str, progress: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One split, in the order on disk, every record of every shard accounted for."""
+    """Read one split in the order on disk, and check that no record of any shard is missing."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_data_source import ArrayRecordDataSource
     from PIL import Image
@@ -199,7 +106,7 @@ def _decode(builder, split: str, remedy: str, progress: bool) -> tuple[np.ndarra
                 # tfds asks for as many records as dataset_info.json says: a longer file passes.
                 if (found := len(ArrayRecordDataSource(os.fspath(path)))) != length:
                     raise ValueError(f"{found} records, expected {length}")
-                # Many at a time: one record alone takes longer to ask for than to read.
+                # Many at a time, because asking for one record takes longer than reading it.
                 for first in range(start, stop, 1000):
                     keys = range(first, min(first + 1000, stop))
                     for i, example in zip(keys, source.__getitems__(keys), strict=True):

@@ -1,16 +1,16 @@
-"""From uint8 images on the device to the network's input, inside the compiled step."""
+"""Turn uint8 images on the device into the network's input, inside the compiled step."""
 
 import jax
 import jax.numpy as jnp
 
-from experiments._common.data import Dataset
+from experiments.data.specs import Dataset
 
 
 def preprocess(dataset: Dataset):
-    """The ``(x, keys) -> x`` of `kd2m_jax.fit` for a data set: crop, flip, normalise.
+    """Return a data set's ``(x, keys) -> x`` for `kd2m_jax.fit`: crop, flip, normalise.
 
-    Each image has its own key, so what happens to it does not depend on how many devices there
-    are. Without keys (evaluation) images are only normalised.
+    Each image has its own key, so its augmentation does not depend on the number of devices.
+    Without keys (evaluation) images are only normalised.
     """
     mean, std = (
         jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (dataset.mean, dataset.std)
