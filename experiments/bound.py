@@ -33,13 +33,14 @@ class Bound(Flags):
 
 def run(settings: Bound) -> None:
     """Train again, measure, draw."""
-    from experiments._common import bound, restore
+    from experiments.analysis import bound
+    from experiments.analysis.finished import finished
 
     for flag, value in (("--points", settings.points), ("--examples", settings.examples)):
         if value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
-    found = restore.finished(settings.run, settings.data_dir)
-    print(bound.write(settings.run, found, settings.points, settings.examples))
+    analysed = finished(settings.run, settings.data_dir)
+    print(bound.write(analysed, settings.points, settings.examples))
     print(f"\nFigure: {settings.run}/bound.png")
 
 

@@ -21,7 +21,7 @@ DEFAULTS = CifarSettings(
 
 def run(settings: CifarSettings) -> None:
     """Train, evaluate and report."""
-    from experiments._common.train import train_and_report  # loads JAX, which --help need not
+    from experiments.runs.train import train_and_report  # loads JAX, which --help need not
 
     train_and_report(settings, settings.dataset)
 

@@ -33,12 +33,13 @@ class Features(Flags):
 
 def run(settings: Features) -> None:
     """Restore, embed, measure."""
-    from experiments._common import features, restore
+    from experiments.analysis import features
+    from experiments.analysis.finished import finished
 
     if settings.examples < 20:
         raise UsageError(f"--examples must be at least 20, got {settings.examples}")
-    found = restore.finished(settings.run, settings.data_dir)
-    print(features.write(settings.run, found, settings.examples, settings.seed))
+    analysed = finished(settings.run, settings.data_dir)
+    print(features.write(analysed, settings.examples, settings.seed))
     print(f"\nFigure: {settings.run}/features.png")
 
 

@@ -18,7 +18,7 @@ DEFAULTS = Settings(
 
 def run(settings: Settings) -> None:
     """Train, evaluate and report."""
-    from experiments._common.train import train_and_report  # loads JAX, which --help need not
+    from experiments.runs.train import train_and_report  # loads JAX, which --help need not
 
     train_and_report(settings, "svhn")
 

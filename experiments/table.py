@@ -13,8 +13,8 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from experiments._common.grid import Grid
 from experiments.common.cli import Flags, main, optional
+from experiments.studies.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Table(Flags):
 
 def run(settings: Table) -> None:
     """Train what is missing, then write and print the table."""
-    from experiments._common import grid, table
+    from experiments.studies import grid, schedule, table, text
 
     cells = grid.cells(settings.grid, settings.dataset, settings.metrics, settings.coef)
-    sizes = grid.train(settings.grid, cells)
-    print(f"\n{table.write(settings.grid.out, cells, sizes)}\n\n{table.CAVEAT}")
+    sizes = schedule.train(settings.grid, cells)
+    print(f"\n{table.write(settings.grid.out, cells, sizes)}\n\n{text.CAVEAT}")
     print(f"\nTable: {settings.grid.out}/table.md")
 
 

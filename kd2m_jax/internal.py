@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kd2m_jax._batches import steps_per_epoch as steps_per_epoch
     from kd2m_jax._checkpoints import Checkpoints as Checkpoints
     from kd2m_jax._locks import locked as locked
+    from kd2m_jax._log import Log as Log
     from kd2m_jax._processes import ProcessLost as ProcessLost
     from kd2m_jax._processes import after_first as after_first
     from kd2m_jax._processes import by_first as by_first
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from kd2m_jax._processes import watched as watched
     from kd2m_jax._torch_weights import local_file as local_file
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
+    from kd2m_jax.losses._gaussian import polar_by_products as polar_by_products
+    from kd2m_jax.losses._gaussian import polar_by_svd as polar_by_svd
+    from kd2m_jax.losses._gaussian import tolerance as tolerance
     from kd2m_jax.losses._metrics import spelled as spelled
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
     from kd2m_jax.networks import as_network as as_network
@@ -34,6 +38,7 @@ _HOMES = {
     "steps_per_epoch": "_batches",
     "Checkpoints": "_checkpoints",
     "locked": "_locks",
+    "Log": "_log",
     "ProcessLost": "_processes",
     "after_first": "_processes",
     "by_first": "_processes",
@@ -44,6 +49,9 @@ _HOMES = {
     "watched": "_processes",
     "local_file": "_torch_weights",
     "did_you_mean": "losses._checks",
+    "polar_by_products": "losses._gaussian",
+    "polar_by_svd": "losses._gaussian",
+    "tolerance": "losses._gaussian",
     "spelled": "losses._metrics",
     "KERNELS": "losses._mmd",
     "as_network": "networks",

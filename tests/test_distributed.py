@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from experiments._common.folder import read_metrics
 from experiments.common.errors import UsageError
+from experiments.runs.folder import read_metrics
 from experiments.runs.settings import Run, Settings, check
 
 ROOT = pathlib.Path(__file__).parents[1]

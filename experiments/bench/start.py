@@ -21,8 +21,8 @@ COMPILE = "/jax/core/compile/backend_compile_duration"
 def start(
     out: str, repeats: int = 1, flags: Sequence[str] = COMMAND
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes: without a compilation cache, then twice with one that begins empty."""
-    from experiments._common import bench  # not in the processes whose imports are timed
+    """Return rows and notes: without a compilation cache, then twice with one that begins empty."""
+    from experiments.bench import measure  # not in the processes whose imports are timed
 
     del out  # no plot
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +41,7 @@ def start(
     share = _median(runs, "filled cache", "compiling") / _median(runs, "empty cache", "compiling")
     return rows, [
         "Seconds since the command; compiling as JAX counts it, cache look-ups included.",
-        bench.verdict("compiling, the second start over the first", share, 1 / 3),
+        measure.verdict("compiling, the second start over the first", share, 1 / 3),
     ]
 
 
@@ -75,13 +75,13 @@ def _run(began: float, flags: list[str]) -> dict:
     import jax
 
     from experiments import digits
-    from experiments._common import train  # noqa: F401  (what the main loads later)
     from experiments.common import cli
-    from kd2m_jax import _log
+    from experiments.runs import train  # noqa: F401  (what the main loads later)
+    from kd2m_jax.internal import Log
 
     seconds["imports"] = time.time() - began
     jax.monitoring.register_event_duration_secs_listener(note)
-    add, _log.Log.add = _log.Log.add, first_step
+    add, Log.add = Log.add, first_step
     sys.argv = ["experiments.digits", *flags]
     cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description=None)
     return {**seconds, "end": time.time() - began}

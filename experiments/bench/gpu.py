@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments._common import bench
-from experiments._common.bench_step import beside_none, worst_case
+from experiments.bench import measure
+from experiments.bench.step import beside_none, worst_case
 from experiments.data.augment import preprocess
 from experiments.data.specs import DATASETS, Dataset
 from kd2m_jax import fit, from_nnx, models
@@ -20,8 +20,8 @@ PAIR = ("resnet34", "resnet18")
 SHAPE = (32, 32, 3)
 PAPER = ("w2", "cw2", "jw2", "gaussian-w2", "gaussian-cw2", "gaussian-kl")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Dense bfloat16 FLOP/s, from NVIDIA's data sheets (T4: float16, it has no bfloat16). The first name
-# that a device's holds counts.
+# Dense bfloat16 FLOP/s, from NVIDIA's data sheets (T4: float16, because it has no bfloat16). The
+# first name that occurs in a device's name counts.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -39,7 +39,7 @@ def gpu_step(
     metrics: Sequence[str] = PAPER,
     repeats: int = 30,
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes: each metric over none, float32 and bfloat16 networks, random images."""
+    """Return rows and notes: each metric over none, in float32 and bfloat16, random images."""
     del out  # no plot
     rows, notes = [], []
     for batch in batches:
@@ -57,17 +57,17 @@ def gpu_epoch(
     batch: int = 512,
     repeats: int = 3,
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes: a bfloat16 epoch with w2, and its share of what the GPU could compute."""
+    """Return rows and notes: a bfloat16 epoch with w2, and its share of the GPU's peak."""
     del out
     row = epoch(random_images(images), pair, batch, "bfloat16", repeats)
     if row["utilisation"] is None:
         return [row], [f"No peak FLOP/s are known here for {jax.devices()[0].device_kind}."]
     title = f"model FLOP utilisation, bfloat16, batch {batch}"
-    return [row], [bench.verdict(title, row["utilisation"], 0.3, least=True)]
+    return [row], [measure.verdict(title, row["utilisation"], 0.3, least=True)]
 
 
 def random_images(count: int) -> Dataset:
-    """CIFAR-10 as far as time is concerned: bytes at random, its crop, flip and statistics."""
+    """Imitate CIFAR-10 as far as time is concerned: random bytes, its crop, flip and statistics."""
     spec, rng = DATASETS["cifar10"], np.random.default_rng(0)
     images = rng.integers(0, 256, (count, *SHAPE), np.uint8)
     data = (images, (np.arange(count) % 10).astype(np.int32))
@@ -78,7 +78,7 @@ def random_images(count: int) -> Dataset:
 
 
 def epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, repeats: int) -> dict:
-    """One row: epochs of `kd2m_jax.fit` with w2, without the first, which compiles."""
+    """Return one row: epochs of `kd2m_jax.fit` with w2, without the first, which compiles."""
     teacher, student = (
         models.build(
             name, num_classes=10, image_shape=SHAPE, rngs=nnx.Rngs(seed), dtype=DTYPES[dtype]
@@ -118,7 +118,7 @@ def epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, repeats:
 
 
 def forward_flops(module: nnx.Module) -> float:
-    """Of one image; a training step does three times as much, the usual count."""
+    """Count one image's FLOPs; a training step does three times as many, the usual count."""
     network, x = from_nnx(module), jnp.zeros((16, *SHAPE))
     forward = jax.jit(lambda v, x: network.apply(*v, x, train=False, rng=None)[0].logits)
     # Before XLA's passes, which hide convolutions in calls of cuDNN.
@@ -127,5 +127,5 @@ def forward_flops(module: nnx.Module) -> float:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, None where they are not known here."""
+    """Return a device's dense bfloat16 FLOP/s, None where they are not known here."""
     return next((peak for name, peak in PEAKS.items() if name in device_kind), None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments._common import bench, bench_answers
+from experiments.bench import answers, measure
 
 METRICS = ("w2", "sw2", "gaussian-w2", "gaussian-w2 diagonal")
 
@@ -22,7 +22,7 @@ def growth(
     features: Sequence[int] = (128, 512, 2048),
     repeats: int = 5,
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes, and growth-*.png in the folder ``out``; d = 512 and n = 1024 stand still."""
+    """Return rows and notes, and draw growth-*.png; d = 512 and n = 1024 stand still."""
     n_fixed, d_fixed = min(sizes), sorted(features)[len(features) // 2]
     points = [(n, d_fixed) for n in sizes] + [(n_fixed, d) for d in features if d != d_fixed]
     rows = [_point(metric, n, d, repeats) for metric in METRICS for n, d in points]
@@ -41,7 +41,7 @@ def growth(
     arrays = [r["n x n arrays"] for r in rows if r["metric"] == "w2" and r["n"] == max(sizes)]
     if arrays[0] is not None:
         title = f"w2, n = {max(sizes)}: peak in n x n arrays"
-        notes.append(bench.verdict(title, arrays[0], 4))
+        notes.append(measure.verdict(title, arrays[0], 4))
     for axis, fixed in (("n", ("d", d_fixed)), ("d", ("n", n_fixed))):
         group = [row for row in rows if row[fixed[0]] == fixed[1]]
         panels = {
@@ -52,12 +52,14 @@ def growth(
             if all(row.get(key) for row in group)
         }
         label = {"n": f"samples n (d = {d_fixed})", "d": f"features d (n = {n_fixed})"}[axis]
-        bench.log_log(panels, pathlib.Path(out) / f"growth-{axis}.png", label, "forward + backward")
+        measure.log_log(
+            panels, pathlib.Path(out) / f"growth-{axis}.png", label, "forward + backward"
+        )
     return rows, notes
 
 
 def _exponent(rows: list[dict], axis: str, key: str) -> float:
-    """The slope between the two largest sizes, where the leading term shows best."""
+    """Return the slope between the two largest sizes, where the leading term shows best."""
     first, second = sorted(rows, key=lambda row: row[axis])[-2:]
     return float(np.log(second[key] / first[key]) / np.log(second[axis] / first[axis]))
 
@@ -71,7 +73,7 @@ def _point(metric: str, n: int, d: int, repeats: int) -> dict:
 
 
 def _measure(metric: str, n: int, d: int, repeats: int) -> dict:
-    """One point's row. The peak is that of one call, above what was there when it began."""
+    """Return one point's row; its peak is one call's memory above the memory at its beginning."""
     import jax
     import jax.numpy as jnp
 
@@ -83,19 +85,19 @@ def _measure(metric: str, n: int, d: int, repeats: int) -> dict:
         "gaussian-w2": losses.gaussian_w2,
         "gaussian-w2 diagonal": lambda s, t: losses.gaussian_w2(s, t, covariance="diagonal"),
     }
-    x, y, labels = bench.clouds("related", n, d)
-    run = bench.compiled(functions[metric], jnp.asarray(x), jnp.asarray(y))
+    x, y, labels = measure.clouds("related", n, d)
+    run = measure.compiled(functions[metric], jnp.asarray(x), jnp.asarray(y))
     peak = _peak_of(run)
-    [row] = bench.measure([bench.Case({"metric": metric, "n": n, "d": d}, run)], repeats, 4.0)
+    [row] = measure.in_turn([measure.Case({"metric": metric, "n": n, "d": d}, run)], repeats, 4.0)
     row["peak MiB"] = None if peak is None else peak / 2**20
     row["n x n arrays"] = None if peak is None else peak / (4 * n * n)
     name, _, diagonal = metric.partition(" ")
     options = {"covariance": diagonal} if diagonal else {}
-    return row | bench_answers.answer(name, *bench_answers.features(x, y), labels, **options)
+    return row | answers.answer(name, *answers.features(x, y), labels, **options)
 
 
 def _peak_of(run) -> int | None:
-    """Bytes by which the resident set grows at most while it runs; Linux only, else None."""
+    """Return by how many bytes the resident set grows at most while it runs; Linux only."""
     status, reset = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")  # the high-water mark starts again from what is resident now

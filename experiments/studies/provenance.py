@@ -1,21 +1,20 @@
-"""Where a table's numbers come from: machines, versions, dates and training time. No JAX."""
+"""Where a study's numbers come from: machines, versions, dates and training time. No JAX."""
 
 import datetime
-import json
 from collections.abc import Iterable
 
-from experiments._common.folder import read_metrics
-from experiments._common.grid import ALONE, Cell
 from experiments.common.machine import processor
+from experiments.runs.folder import ALONE
+from experiments.studies.grid import Cell
 
 _HOST = ("python", "machine", "cpu", "cores", "devices")
 
 
 def of(cells: list[Cell]) -> dict:
-    """The first cell's environment, what differs between cells, and training time in seconds."""
-    ones = list({c.path: c for c in cells}.values())
-    environments = [json.loads((c.path / "env.json").read_text()) for c in ones]
-    # A run that was taken up again with other versions has those that it was begun with apart.
+    """Collect the first cell's environment, the differences between cells, and training seconds."""
+    ones = list({cell.folder: cell for cell in cells}.values())
+    environments = [cell.folder.environment for cell in ones]
+    # A run that was resumed with other versions lists the versions that it was begun with apart.
     every = [
         _flat({**env, **other}) for env in environments for other in ({}, *env.get("earlier", []))
     ]
@@ -23,27 +22,19 @@ def of(cells: list[Cell]) -> dict:
     values = {key: _distinct(env.get(key) for env in every) for key in keys}
     seconds = [s for one, env in zip(ones, environments, strict=True) for s in _seconds(one, env)]
     known = [s for s in seconds if s is not None]
-    here = {"cpu_recorded": "cpu" in every[0], **processor()}
+    recorded = {"cpu_recorded": "cpu" in every[0], **processor()}
     return {
         "date": datetime.date.today().isoformat(),
-        "trained": sorted({date(one) for one in ones}),
-        "environment": here | {key: found[0] for key, found in values.items()},
+        "trained": sorted({cell.folder.trained_on.isoformat() for cell in ones}),
+        "environment": recorded | {key: found[0] for key, found in values.items()},
         "differ": {key: found for key, found in values.items() if len(found) > 1},
         "training_seconds": sum(known) if known else None,
         "trainings": {"timed": len(known), "all": len(seconds)},
     }
 
 
-def date(cell: Cell) -> str:
-    """When a cell was trained, by its last checkpoint, which says so itself and survives a copy."""
-    saved = (cell.path / "checkpoints").glob("*/last/*/_CHECKPOINT_METADATA")
-    times = [json.loads(file.read_text())["commit_timestamp_nsecs"] / 1e9 for file in saved]
-    times = times or [(cell.path / "config.json").stat().st_mtime]
-    return datetime.date.fromtimestamp(max(times)).isoformat()
-
-
 def sentence(found: dict) -> str:
-    """What `of` returned, for a reader: one paragraph."""
+    """Write the result of `of` as one paragraph."""
     env, trainings, dates = found["environment"], found["trainings"], found["trained"]
     machine = f"{env['cpu']}, {env['cores']} cores, {env['machine']}, {', '.join(env['devices'])}"
     noted = "" if env["cpu_recorded"] else " (where this was written; the runs did not note theirs)"
@@ -65,7 +56,7 @@ def _flat(env: dict) -> dict:
 
 
 def _distinct(values: Iterable) -> list:
-    """In order of appearance; a run from before something was noted says nothing of it."""
+    """List distinct values in order of appearance; None, where a run noted nothing, is left out."""
     found = []
     for value in values:
         if value is not None and value not in found:
@@ -74,9 +65,9 @@ def _distinct(values: Iterable) -> list:
 
 
 def _seconds(cell: Cell, env: dict) -> list[float | None]:
-    """Of each phase that was trained in this cell, from its images a second; None if unknown."""
+    """Compute the training time of each of a cell's phases; None where it is unknown."""
     phases = ("teacher", "student") if cell.row == ALONE else ("distilled",)
-    batch_size = json.loads((cell.path / "config.json").read_text())["batch_size"]
-    steps = {line["phase"]: line.get("step") for line in read_metrics(cell.path)}
+    batch_size = cell.folder.config.batch_size
+    steps = {line["phase"]: line.get("step") for line in cell.folder.records}
     speeds = env.get("images_per_second", {})
-    return [steps[p] * batch_size / speeds[p] if speeds.get(p) else None for p in phases]
+    return [batch_size * (steps[p] or 0) / speeds[p] if speeds.get(p) else None for p in phases]

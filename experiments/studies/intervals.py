@@ -14,9 +14,10 @@ Scores = ArrayLike | Sequence[float | None]
 
 
 def summary(values: Scores) -> dict:
-    """Mean, standard deviation (over n - 1) and 95% t-interval of the mean; None where n = 1.
+    """Summarise values: mean, standard deviation (over n - 1), the mean's 95% t-interval.
 
-    A value that is None, of a run that diverged, is left out; the mean of nothing is None.
+    The last two are None where n = 1. A value that is None, which a diverged run has, is left out;
+    the mean of nothing is None.
     """
     x = np.asarray(values, float)
     x = x[~np.isnan(x)]
@@ -28,10 +29,10 @@ def summary(values: Scores) -> dict:
 
 
 def paired(values: Scores, reference: Scores) -> dict:
-    """The mean difference of pairs, its 95% t-interval and two-sided p-value.
+    """Compare in pairs: mean difference, its 95% t-interval and two-sided p-value.
 
     A pair with None on one side is left out. One pair, or differences that are all the same, say
-    nothing of their spread: the interval and p are None then.
+    nothing about their spread: then the interval and p are None.
     """
     difference = np.asarray(values, float) - np.asarray(reference, float)
     # Accuracies are counts over n: what differs by rounding alone is the same.
@@ -44,7 +45,7 @@ def paired(values: Scores, reference: Scores) -> dict:
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """p-values adjusted for how many there are (Holm, Scand. J. Statist. 1979); None stays."""
+    """Adjust p-values for their number (Holm, Scand. J. Statist. 1979); None stays None."""
     order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
     highest = 0.0
@@ -55,14 +56,14 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def compare(scores: dict[str, list[float | None]], reference: Scores) -> dict[str, dict]:
-    """`paired` of each with a reference, with p adjusted for the number compared."""
+    """Pair each with a reference by `paired`; p is adjusted for the number compared."""
     found = {name: paired(values, reference) for name, values in scores.items()}
     adjusted = holm([d["p"] for d in found.values()])
     return {name: {**d, "p_holm": p} for (name, d), p in zip(found.items(), adjusted, strict=True)}
 
 
 def pairs(scores: dict[str, list[float | None]]) -> list[dict]:
-    """Each with each other, adjusted for the number of pairs."""
+    """Compare each with each other; p is adjusted for the number of pairs."""
     names = list(itertools.combinations(scores, 2))
     found = [paired(scores[a], scores[b]) for a, b in names]
     adjusted = holm([d["p"] for d in found])
@@ -73,13 +74,13 @@ def pairs(scores: dict[str, list[float | None]]) -> list[dict]:
 
 
 def verdict(difference: dict, p: str = "p") -> int:
-    """1 or -1 where the difference is there at the 5% level, 0 where it cannot be told."""
+    """Return the sign of a difference that is significant at the 5% level, else 0."""
     known = difference[p] is not None and difference[p] < 1 - LEVEL
     return int(np.sign(difference["mean"])) if known else 0
 
 
 def p_text(p: float | None) -> str:
-    """A p-value to three digits, for a table."""
+    """Write a p-value to three digits, for a table."""
     return "unknown" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 

@@ -9,23 +9,18 @@ growth 4, step 5, devices 3, start and population 2 each, classes and gaussian h
 """
 
 import dataclasses
-import importlib
-from typing import Annotated, Literal
+from typing import Annotated
 
+from experiments.bench import suites
 from experiments.common.cli import Flags, main, optional
 from experiments.common.errors import UsageError
-
-MODULES = {"classes": "losses", "gaussian": "losses", "gpu-step": "gpu", "gpu-epoch": "gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench(Flags):
     """What to measure."""
 
-    suite: Literal[
-        "peers", "classes", "gaussian", "growth", "step", "start", "devices", "population",
-        "gpu-step", "gpu-epoch", "gpu-torch",
-    ] = "peers"  # fmt: skip
+    suite: suites.Name = "peers"
     """peers: w2, cw2 against torch + POT and ott-jax; classes: 10 against 1,000; gaussian: against
     eigendecompositions; growth: with n and d; step: what a metric adds; start: until the first
     step; devices: the global batch; population: 8 students in one program; gpu-*: on a GPU."""
@@ -39,19 +34,18 @@ def run(settings: Bench) -> None:
     """Measure, print and write."""
     import jax
 
-    from experiments._common import bench
+    from experiments.bench.measure import write
+    from experiments.common import tables
 
     name = settings.suite
     if settings.repeats is not None and settings.repeats < 1:
         raise UsageError(f"--repeats must be at least 1, got {settings.repeats}")
     if name.startswith("gpu") and jax.default_backend() == "cpu":
         raise UsageError(f"--suite={name} needs an accelerator, and JAX sees none: jax[cuda13]?")
-    function = name.replace("-", "_")
-    module = importlib.import_module(f"experiments._common.bench_{MODULES.get(name, function)}")
     repeats = {} if settings.repeats is None else {"repeats": settings.repeats}
-    rows, notes = getattr(module, function)(settings.out, **repeats)
-    print("\n".join([bench.text_table(rows), *notes]))
-    bench.write(settings.out, name, rows, notes)
+    rows, notes = suites.suite(name)(settings.out, **repeats)
+    print("\n".join([tables.of_records(rows), *notes]))
+    write(settings.out, name, rows, notes)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ EXACT_UP_TO = 2048
 
 
 def answer(name: str, student: Outputs, teacher: Outputs, labels, **options) -> dict:
-    """The columns of one loss: iterations, how far it is from what a slow oracle gives, verdict.
+    """Return one loss's columns: iterations, distance from a slow oracle, verdict.
 
     Transport: converged and within 1% of the exact cost; for more samples than an exact solver
     takes, converged. Gaussian: within 0.1% of the textbook form in float64. Empty for a loss that
@@ -55,12 +55,12 @@ def answer(name: str, student: Outputs, teacher: Outputs, labels, **options) -> 
 
 
 def verdict(right: bool) -> str:
-    """One word of an answer."""
+    """Say in one word whether an answer is right."""
     return "right" if right else "WRONG"
 
 
 def metric_with_info(metric, student: Outputs, teacher: Outputs, labels):
-    """A transport metric's value and `TransportInfo`."""
+    """Return a transport metric's value and `TransportInfo`."""
     given: list = [student.features, teacher.features]
     if "labels" in metric.needs:
         given.append(labels)
@@ -71,7 +71,7 @@ def metric_with_info(metric, student: Outputs, teacher: Outputs, labels):
 
 
 def exact_w2(x: np.ndarray, y: np.ndarray) -> float:
-    """W2^2 in float64, by the network simplex of POT."""
+    """Compute W2^2 in float64, by the network simplex of POT."""
     import ot
 
     cost = ot.dist(x.astype(np.float64), y.astype(np.float64))
@@ -79,7 +79,7 @@ def exact_w2(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def textbook_gaussian_w2(x: np.ndarray, y: np.ndarray, ridge: float = 0.0) -> float:
-    """Float64, by eigendecompositions of covariances."""
+    """Compute the Gaussian W2^2 in float64, by eigendecompositions of covariances."""
     del ridge
     x, y = x.astype(np.float64), y.astype(np.float64)
     means, cov_x, cov_y = _moments(x, y)
@@ -90,13 +90,13 @@ def textbook_gaussian_w2(x: np.ndarray, y: np.ndarray, ridge: float = 0.0) -> fl
 
 
 def diagonal_gaussian_w2(x: np.ndarray, y: np.ndarray, ridge: float = 0.0) -> float:
-    """Float64, feature by feature."""
+    """Compute the diagonal Gaussian W2^2 in float64, feature by feature."""
     del ridge
     return float(((x.mean(0) - y.mean(0)) ** 2 + (x.std(0) - y.std(0)) ** 2).sum())
 
 
 def textbook_gaussian_kl(x: np.ndarray, y: np.ndarray, ridge: float) -> float:
-    """Float64, by the inverse and the determinants of both covariances."""
+    """Compute the Gaussian KL in float64, by both covariances' inverse and determinants."""
     gap, cov_x, cov_y = _moments(x, y)
     cov_x, cov_y = (cov + ridge * np.eye(len(cov)) for cov in (cov_x, cov_y))
     solved = np.linalg.solve(cov_y, np.column_stack([cov_x, gap]))
@@ -110,6 +110,6 @@ def _moments(x: np.ndarray, y: np.ndarray):
 
 
 def features(x, y) -> tuple[Outputs, Outputs]:
-    """Two clouds as two networks' outputs, without logits."""
+    """Return two clouds as two networks' outputs, without logits."""
     x, y = map(jax.numpy.asarray, (x, y))
     return Outputs(x, x[:, :0]), Outputs(y, y[:, :0])

@@ -1,31 +1,32 @@
-"""Teacher and student features in the plane, and how far apart they are in numbers."""
+"""Teacher and student features in the plane, and their distances in numbers."""
 
 import json
 import pathlib
 
 import numpy as np
 
-from experiments._common import report, restore
+from experiments.analysis.finished import Finished, check_same_size, outputs
 from experiments.common import figures, tables
+from experiments.runs import report
 from kd2m_jax import Outputs, losses
 
 HEADER = ("", "silhouette", "W2² to teacher", "CW2² to teacher", "L2² to teacher", "accuracy (%)")
 
 
-def write(path: str | pathlib.Path, run: restore.Finished, examples: int, seed: int) -> str:
+def write(run: Finished, examples: int, seed: int) -> str:
     """Write features.json and features.png into the run folder; returns the numbers as text."""
-    images, labels = run.dataset.test
-    kept = labels < len(figures.CLASSES)  # so many classes can be told apart by colour
+    dataset, folder = run.plan.dataset, run.folder.path
+    images, labels = dataset.test
+    kept = labels < len(figures.CLASSES)  # as many classes as there are distinct colours
     images, labels = images[kept][:examples], labels[kept][:examples]
-    out = {k: restore.outputs(model, run.dataset, images) for k, model in run.trained.items()}
-    restore.same_size(out)
+    out = {k: outputs(model, dataset, images) for k, model in run.trained.items()}
+    check_same_size(out)
     features = {name: np.asarray(one.features) for name, one in out.items()}
     numbers = {name: _numbers(out[name], out["teacher"], labels) for name in out}
     planes = {"PCA": _pca(features), "t-SNE": _tsne(features, seed)}
-    folder = pathlib.Path(path)
-    found = {"examples": len(labels), "seed": seed, "networks": numbers}
-    (folder / "features.json").write_text(json.dumps(found, indent=2) + "\n")
-    _figure(folder / "features.png", planes, labels, run)
+    content = {"examples": len(labels), "seed": seed, "networks": numbers}
+    (folder / "features.json").write_text(json.dumps(content, indent=2) + "\n")
+    _figure(folder / "features.png", planes, labels, dataset.classes)
     rows = [
         (report.TITLES[k], *(f"{v:.3g}" if i < 4 else f"{v:.2f}" for i, v in enumerate(n.values())))
         for k, n in numbers.items()
@@ -34,7 +35,7 @@ def write(path: str | pathlib.Path, run: restore.Finished, examples: int, seed: 
 
 
 def _numbers(student: Outputs, teacher: Outputs, labels: np.ndarray) -> dict[str, float]:
-    """Class separation, and exact squared distances to the teacher's features."""
+    """Measure class separation, and exact squared distances to the teacher's features."""
     from sklearn.metrics import silhouette_score
 
     metrics = {name: losses.get_metric(name, solver="exact") for name in ("w2", "cw2")}
@@ -47,7 +48,7 @@ def _numbers(student: Outputs, teacher: Outputs, labels: np.ndarray) -> dict[str
 
 
 def _pca(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The plane in which the teacher's features vary most."""
+    """Project all features to the plane in which the teacher's vary most."""
     from sklearn.decomposition import PCA
 
     pca = PCA(2).fit(features["teacher"])
@@ -55,7 +56,7 @@ def _pca(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _tsne(features: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """One embedding of all three networks' features together."""
+    """Embed all three networks' features together."""
     from sklearn.manifold import TSNE
 
     together = np.concatenate(list(features.values()))
@@ -64,8 +65,8 @@ def _tsne(features: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     return dict(zip(features, np.split(plane, len(features)), strict=True))
 
 
-def _figure(path: pathlib.Path, planes: dict, labels: np.ndarray, run: restore.Finished) -> None:
-    """Without and with distillation: either student with the teacher, in both planes."""
+def _figure(path: pathlib.Path, planes: dict, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+    """Draw either student with the teacher, without and with distillation, in both planes."""
     figure, axes = figures.plt.subplots(2, 2, figsize=(9, 8.6), sharex="row", sharey="row")
     colours = np.array(figures.CLASSES)[labels]
     for row, (method, plane) in zip(axes, planes.items(), strict=True):
@@ -77,7 +78,7 @@ def _figure(path: pathlib.Path, planes: dict, labels: np.ndarray, run: restore.F
             for label in np.unique(labels):
                 middle = np.median(plane["teacher"][labels == label], axis=0)
                 box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.8}
-                axis.annotate(run.dataset.classes[label], middle, fontsize=8, bbox=box)
+                axis.annotate(classes[label], middle, fontsize=8, bbox=box)
             axis.set_title(
                 f"{when} distillation: teacher (x), {report.TITLES[student]} (o)", fontsize=9
             )

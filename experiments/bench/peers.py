@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments._common import bench
-from experiments._common.bench_answers import TRANSPORT_LIMIT, exact_w2, verdict
+from experiments.bench import measure
+from experiments.bench.answers import TRANSPORT_LIMIT, exact_w2, verdict
 from kd2m_jax import losses
 
 NO_TORCH = "torch is not installed, so its rows are left out: pip install --group bench adds it."
@@ -27,40 +27,40 @@ def peers(
     d: int = 512,
     classes: Sequence[int] = (10, 100),
     repeats: int = 30,
-    kinds: Sequence[str] = bench.KINDS,
+    kinds: Sequence[str] = measure.KINDS,
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes, and peers.png in the folder ``out``."""
+    """Return rows and notes, and draw peers.png in the folder ``out``."""
     rows, notes = [], []
     if not _torch():
         notes.append(NO_TORCH)
     for n in sizes:
         for kind in kinds:
-            x, y, _ = bench.clouds(kind, n, d)
+            x, y, _ = measure.clouds(kind, n, d)
             exact = exact_w2(x, y)
             cases = [
-                bench.Case({"clouds": kind, "n": n, "what": what, **judge(exact, *found)}, run)
+                measure.Case({"clouds": kind, "n": n, "what": what, **judge(exact, *found)}, run)
                 for what, run, *found in marginal(x, y)
             ]
-            rows += (timed := bench.ratios(bench.measure(cases, repeats)))
+            rows += (timed := measure.ratios(measure.in_turn(cases, repeats)))
             notes += _verdicts(timed)
     _plot(rows, pathlib.Path(out) / "peers.png")
     for n in sizes:
         for k in classes if n < 2048 else ():
-            x, y, labels = bench.clouds("clustered", n, d, k)
+            x, y, labels = measure.clouds("clustered", n, d, k)
             parts = [labels == c for c in np.unique(labels)]
             exact = sum(exact_w2(x[p], y[p]) for p in parts) / len(parts)
             weight = 1 / (len(parts) * np.bincount(labels)[labels])
             name = {"clouds": f"clustered, {k} classes", "n": n}
             cases = [
-                bench.Case({**name, "what": what, **judge(exact, *found, weight=weight)}, run)
+                measure.Case({**name, "what": what, **judge(exact, *found, weight=weight)}, run)
                 for what, run, *found in conditional(x, y, labels)
             ]
-            rows += bench.ratios(bench.measure(cases, repeats))
+            rows += measure.ratios(measure.in_turn(cases, repeats))
     return rows, notes
 
 
 def _verdicts(rows: list[dict]) -> list[str]:
-    """Ours against torch + POT as the paper has it, and against its faster right variant."""
+    """Compare ours with torch + POT as the paper has it, and with its faster right variant."""
     ours, *others = rows
     torch = [r for r in others if r["what"].startswith("torch")]
     right = [r for r in torch if r["answer"] == "right"]
@@ -73,14 +73,14 @@ def _verdicts(rows: list[dict]) -> list[str]:
     fastest = min(right, key=lambda r: r["ratio"])
     compared = {"its faster form": fastest, "the paper's cdist": torch[0]}
     return [
-        bench.verdict(f"{place}: torch + emd, {what}, over ours", r["ratio"], target,
+        measure.verdict(f"{place}: torch + emd, {what}, over ours", r["ratio"], target,
                       least=True)
         for what, r in compared.items()
     ]  # fmt: skip
 
 
 def judge(exact: float, value, plan, iterations: int | None = None, *, weight=None) -> dict:
-    """The columns that say whether an answer is right: cost and marginals of its plan."""
+    """Return the columns that say whether an answer is right: its plan's cost and marginals."""
     if plan is None:
         return {}
     plan = np.asarray(plan, np.float64)
@@ -100,7 +100,7 @@ Answer = (
 
 
 def marginal(x: np.ndarray, y: np.ndarray) -> list[Answer]:
-    """Ours, its peers and the floor."""
+    """Run `w2`, its peers and the floor."""
     z_s, z_t = jnp.asarray(x), jnp.asarray(y)
     found: list[Answer] = [("w2", *ours(losses.w2, z_s, z_t))]
     if _torch():
@@ -112,7 +112,7 @@ def marginal(x: np.ndarray, y: np.ndarray) -> list[Answer]:
 
 
 def conditional(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> list[Answer]:
-    """The same for `cw2`, whose peers go through the classes one by one or pad them."""
+    """Run `cw2` and its peers, which go through the classes one by one or pad them."""
     z_s, z_t, y_s = jnp.asarray(x), jnp.asarray(y), jnp.asarray(labels)
     found: list[Answer] = [("cw2", *ours(losses.cw2, z_s, z_t, y_s))]
     if _torch():
@@ -130,7 +130,7 @@ def conditional(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> list[Answer
 
 
 def ours(function: Callable, *arrays: jax.Array):
-    """What to time, value, plan and iterations of one of our losses, all of one program."""
+    """Return what to time, value, plan and iterations of one of our losses, from one program."""
     both = jax.jit(jax.value_and_grad(functools.partial(function, has_aux=True), has_aux=True))
     (value, info), _ = both(*arrays)
     run = lambda: jax.block_until_ready(both(*arrays))  # noqa: E731
@@ -138,7 +138,7 @@ def ours(function: Callable, *arrays: jax.Array):
 
 
 def two_products(z_s: jax.Array, z_t: jax.Array) -> Callable[[], object]:
-    """The floor: inner products for the cost, and a plan times features for the gradient."""
+    """Compute the floor: the cost's inner products, and a plan times features for the gradient."""
 
     @jax.jit
     def products(z_s, z_t):
@@ -149,7 +149,7 @@ def two_products(z_s: jax.Array, z_t: jax.Array) -> Callable[[], object]:
 
 
 def plain_ott(z_s: jax.Array, z_t: jax.Array):
-    """ott-jax as its documentation has it: regularised cost, default epsilon and solver."""
+    """Run ott-jax as its documentation does: regularised cost, default epsilon and solver."""
     from ott.geometry import pointcloud
     from ott.solvers import linear
 
@@ -157,13 +157,13 @@ def plain_ott(z_s: jax.Array, z_t: jax.Array):
         return linear.solve(pointcloud.PointCloud(z_s, z_t))
 
     with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it
-        run = bench.compiled(lambda z_s, z_t: solve(z_s, z_t).reg_ot_cost, z_s, z_t)
+        run = measure.compiled(lambda z_s, z_t: solve(z_s, z_t).reg_ot_cost, z_s, z_t)
         out = jax.jit(solve)(z_s, z_t)
         return run, out
 
 
 def padded_classes(z_s: jax.Array, z_t: jax.Array, labels: jax.Array, count: int):
-    """Vmap over classes; a class may fill the batch, so each is padded to it."""
+    """Map over classes with vmap; a class may fill the batch, so each is padded to it."""
     from ott.geometry import geometry
     from ott.solvers import linear
 
@@ -186,7 +186,7 @@ def padded_classes(z_s: jax.Array, z_t: jax.Array, labels: jax.Array, count: int
 
 
 def torch_emd(pairs: Sequence[tuple[np.ndarray, np.ndarray]], cost: str):
-    """What the paper's code does: torch's costs, POT's emd, torch's gradient; mean over pairs."""
+    """Do as the paper's code: torch's costs, POT's emd, torch's gradient; mean over pairs."""
     import ot
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -229,4 +229,4 @@ def _plot(rows: list[dict], path: pathlib.Path) -> None:
             (row["n"], row["ms"], row.get("answer") != "WRONG")
         )
     label = "samples n (hollow: a wrong answer)"
-    bench.log_log(panels, path, label, "forward + backward, ms", share=True)
+    measure.log_log(panels, path, label, "forward + backward, ms", share=True)

@@ -1,4 +1,4 @@
-"""The epoch of `bench_gpu` beside a plain PyTorch loop with POT's emd, on the same device."""
+"""The epoch of `bench.gpu` beside a plain PyTorch loop with POT's emd, on the same device."""
 
 import contextlib
 import time
@@ -10,8 +10,8 @@ import torch  # pyright: ignore[reportMissingImports]
 from PIL import Image, ImageOps
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-from experiments._common import bench
-from experiments._common.bench_gpu import DTYPES, PAIR, epoch, random_images
+from experiments.bench import measure
+from experiments.bench.gpu import DTYPES, PAIR, epoch, random_images
 from experiments.data.specs import Dataset
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
@@ -26,8 +26,10 @@ def gpu_torch(
     batch: int = 512,
     repeats: int = 3,
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes: ours and torch's epoch in float32 and in bfloat16 (autocast, channels-last);
-    and, apart, what the paper's input pipeline takes for one, on the CPU.
+    """Return rows and notes: our epoch and torch's, and the paper's input pipeline by itself.
+
+    The epochs are in float32 and in bfloat16 (autocast, channels-last). The input pipeline runs on
+    the CPU.
     """
     del out  # no plot
     data = random_images(images)
@@ -37,7 +39,7 @@ def gpu_torch(
         torchs = torch_epoch(data, pair, batch, dtype, repeats)
         rows += [ours, {**torchs, "ratio": torchs["ms"] / ours["ms"]}]
         title = f"{dtype}, batch {batch}: PyTorch's epoch over ours"
-        notes.append(bench.verdict(title, rows[-1]["ratio"], TARGETS[dtype], least=True))
+        notes.append(measure.verdict(title, rows[-1]["ratio"], TARGETS[dtype], least=True))
     rows.append(input_pipeline(data, batch))
     return rows, [*notes, "The input pipeline is in none of the epochs: their images are resident."]
 
@@ -56,7 +58,7 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(width))
 
     def forward(self, x):
-        """Maps ``[n, in_width, h, w]`` to ``[n, width, h / stride, w / stride]``."""
+        """Map ``[n, in_width, h, w]`` to ``[n, width, h / stride, w / stride]``."""
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
         return torch.relu(y + self.downsample(x))
 
@@ -75,13 +77,13 @@ class ResNet(nn.Module):
         self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(in_width, 10)
 
     def forward(self, x):
-        """Maps ``[n, 3, h, w]`` to ``[n, 512]`` and ``[n, 10]``."""
+        """Map ``[n, 3, h, w]`` to ``[n, 512]`` and ``[n, 10]``."""
         features = self.blocks(torch.relu(self.bn1(self.conv1(x)))).mean((2, 3))
         return features, self.fc(features)
 
 
 def torch_epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, repeats: int) -> dict:
-    """One row: epochs of the loop, without the first, in which cuDNN chooses its algorithms."""
+    """Return one row: the loop's epochs, without the first, in which cuDNN chooses algorithms."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if dtype == "bfloat16" else torch.contiguous_format
@@ -124,14 +126,14 @@ def torch_epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, re
 
 
 def emd(features, seen_by_teacher):
-    """The paper's loss: torch's costs, POT's plan on the CPU, torch's gradient."""
+    """Compute the paper's loss: torch's costs, POT's plan on the CPU, torch's gradient."""
     cost = torch.cdist(features, seen_by_teacher) ** 2
     plan = ot.emd([], [], cost.detach().cpu().numpy(), numItermax=1_000_000)
     return (torch.as_tensor(plan, dtype=cost.dtype, device=cost.device) * cost).sum()
 
 
 def _augmented(x, data: Dataset):
-    """`augment.preprocess` for a batch ``[n, 3, h, w]`` of bytes."""
+    """Do what `augment.preprocess` does, for a batch ``[n, 3, h, w]`` of bytes."""
     n, _, h, w = x.shape
     pad = data.crop_padding
     x = nn.functional.pad(x, (pad, pad, pad, pad))
@@ -146,7 +148,7 @@ def _augmented(x, data: Dataset):
 
 
 def input_pipeline(data: Dataset, batch: int) -> dict:
-    """One row: an epoch's images one by one through PIL into batches, as torchvision does it."""
+    """Return one row: an epoch's images one by one through PIL into batches, as in torchvision."""
 
     class Images(torch.utils.data.Dataset):
         def __len__(self):

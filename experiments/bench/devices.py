@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments._common import bench
+from experiments.bench import measure
 from kd2m_jax import from_nnx, init_state, models, shard_map_step
 
 PAIR, SHAPE = ("mlp-teacher", "mlp-student"), (28, 28, 1)
@@ -27,8 +27,10 @@ def devices(
     sizes: Sequence[int] = (128, 256, 512, 1024, 2048),
     repeats: int = 15,
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes. The CPU's cores stand in for devices, so times do not fall with these; what
-    every device computes for itself, the n x n costs and their plan, does show.
+    """Return rows and notes, with the CPU's cores in the place of devices.
+
+    So times do not fall with their number. What every device computes for itself, the n x n costs
+    and their plan, does show.
     """
     del out  # no plot
     rows = []
@@ -51,22 +53,22 @@ def _note(count: int, rows: list[dict]) -> str:
 
 
 def measured(sizes: Sequence[int], repeats: int) -> list[dict]:
-    """A row for each global batch: a step with cw2, its share beyond a step without."""
+    """Return a row per global batch: a step with cw2, and its share beyond a step without."""
     rows = []
     for n in sizes:
         cases, exchanged = [], 0
         for metric in (None, "cw2"):
             run, arguments = _program(n, metric)
             exchanged = gathered_bytes(run.as_text() or "")
-            cases.append(bench.Case({}, _once(run, *arguments)))
-        none, cw2 = bench.measure(cases, repeats)
+            cases.append(measure.Case({}, _once(run, *arguments)))
+        none, cw2 = measure.in_turn(cases, repeats)
         name = {"devices": jax.device_count(), "n": n, "gathered bytes": exchanged}
         rows.append(name | cw2 | {"none": none["ms"], "share": 1 - none["ms"] / cw2["ms"]})
     return rows
 
 
 def gathered_bytes(program: str) -> int:
-    """What each device holds after a step's all-gathers, from the compiled program."""
+    """Count the bytes that each device holds after a step's all-gathers, from the program."""
     results = re.findall(r"= (.*) all-gather(?:-start)?\(", program)
     shapes = re.findall(r"[fs]32\[([\d,]+)\]", " ".join(results))
     return sum(4 * _product(map(int, shape.split(","))) for shape in shapes)

@@ -1,4 +1,4 @@
-"""Students trained in one program against one teacher: a student's step over one of its own."""
+"""Students trained in one program against one teacher, beside a program per student."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments._common import bench
+from experiments.bench import measure
 from kd2m_jax import from_nnx, init_state, models
-from kd2m_jax.step import step_body
+from kd2m_jax.internal import step_body
 
 # teacher, student, image shape
 PAIRS = (
@@ -27,22 +27,22 @@ def population(
     batch: int = 128,
     repeats: int = 10,
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes; random images, for their content does not change the time.
+    """Return rows and notes, on random images because their content does not change the time.
 
-    A trade-off's steps: the students differ in lambda. Times are of a step of all of them.
+    As in a trade-off the students differ in lambda. A time is of one step of all students.
     """
     del out  # no plot
     rows, notes = [], []
     for teacher, student, shape in pairs:
         name = {"teacher": teacher, "student": student, "batch": batch, "students": students}
         cases = [
-            bench.Case(
+            measure.Case(
                 {**name, "programs": students // count},
                 _steps(teacher, student, shape, batch, metric, students, count),
             )
             for count in (1, students)
         ]
-        rows += (timed := bench.ratios(bench.measure(cases, repeats, 60.0)))
+        rows += (timed := measure.ratios(measure.in_turn(cases, repeats, 60.0)))
         ratio = timed[-1]["ratio"]
         notes.append(
             f"{teacher} to {student}: a student's step costs {ratio:.2f} of one in a program of "
@@ -60,7 +60,7 @@ def _steps(
     students: int,
     together: int,
 ):
-    """A step of all students, so many of them in one program."""
+    """Return a function that makes a step of all students, ``together`` of them per program."""
     networks = [
         models.build(name, num_classes=10, image_shape=shape, rngs=nnx.Rngs(seed))
         for seed, name in enumerate((teacher, student))

@@ -1,4 +1,4 @@
-"""The theorem's chain over a run's training: trained again, epoch by epoch, and measured."""
+"""The theorem's chain over a run's training, which is repeated epoch by epoch and measured."""
 
 import itertools
 import json
@@ -11,35 +11,33 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments._common import report, restore
-from experiments._common.train import coefficient, fit_options
+from experiments.analysis.finished import Finished, check_same_size, outputs
 from experiments.common import figures, tables
+from experiments.runs import report
 from kd2m_jax import Outputs, fit, theory
-from kd2m_jax._batches import steps_per_epoch
 
 # The chain holds to about 3e-4 in float32 (theory.bound).
 ROUNDING = 5e-4
 
 
-def write(path: str | pathlib.Path, run: restore.Finished, points: int, examples: int) -> str:
-    """Write bound.json and bound.png into the run folder; returns what was found in words."""
-    images, labels = (a[:examples] for a in run.dataset.test)
-    seen = restore.outputs(run.trained["teacher"], run.dataset, images)
-    restore.same_size(
-        {"teacher": seen, "student": restore.outputs(run.trained["student"], run.dataset, images)}
+def write(run: Finished, points: int, examples: int) -> str:
+    """Write bound.json and bound.png into the run folder; returns the findings in words."""
+    dataset, folder = run.plan.dataset, run.folder.path
+    images, labels = (array[:examples] for array in dataset.test)
+    teacher = outputs(run.trained["teacher"], dataset, images)
+    check_same_size(
+        {"teacher": teacher, "student": outputs(run.trained["student"], dataset, images)}
     )
-    sigma = bandwidth(np.asarray(seen.features))
+    sigma = bandwidth(np.asarray(teacher.features))
     measured = {
         phase: [
-            {"epoch": epoch, **measure(restore.outputs(model, run.dataset, images), seen, labels,
-                                       sigma)}
-            for epoch, model in _over_training(run, phase, points)
+            {"epoch": epoch, **measure(outputs(model, dataset, images), teacher, labels, sigma)}
+            for epoch, model in over_training(run, phase, points)
         ]
         for phase in ("student", "distilled")
-    }  # fmt: skip
-    found = {"examples": len(labels), "bandwidth": sigma, "points": measured}
-    folder = pathlib.Path(path)
-    (folder / "bound.json").write_text(json.dumps(found, indent=2) + "\n")
+    }
+    content = {"examples": len(labels), "bandwidth": sigma, "points": measured}
+    (folder / "bound.json").write_text(json.dumps(content, indent=2) + "\n")
     _figure(folder / "bound.png", measured, sigma)
     broken = [f"{k} at epoch {p['epoch']:g}" for k, ps in measured.items() for p in ps
               if not in_order(p)]  # fmt: skip
@@ -53,14 +51,14 @@ def write(path: str | pathlib.Path, run: restore.Finished, points: int, examples
 
 
 def bandwidth(features: np.ndarray) -> float:
-    """The median distance between the teacher's features, at least 1 so that phi is 1-Lipschitz."""
+    """Return the teacher features' median distance, at least 1 so that phi is 1-Lipschitz."""
     squared = np.sum(features**2, 1)
     distances = squared[:, None] + squared - 2 * features @ features.T
     return max(1.0, math.sqrt(max(0.0, float(np.median(distances)))))
 
 
 def measure(student: Outputs, teacher: Outputs, labels: np.ndarray, sigma: float) -> dict:
-    """The chain, and the gap of the two real classifiers' cross-entropies in nats."""
+    """Measure the chain, and the gap of the real classifiers' cross-entropies in nats."""
     chain = theory.bound(student.features, teacher.features, bandwidth=sigma)
     risks = [_cross_entropy(np.asarray(out.logits, float), labels) for out in (student, teacher)]
     return {k: float(v) for k, v in chain._asdict().items()} | {
@@ -69,7 +67,7 @@ def measure(student: Outputs, teacher: Outputs, labels: np.ndarray, sigma: float
 
 
 def in_order(point: dict) -> bool:
-    """Whether gap <= W <= L2 <= Euclidean L2, up to rounding."""
+    """Tell whether gap <= W <= L2 <= Euclidean L2, up to rounding."""
     chain = [point[k] for k in ("gap", "w", "l2", "euclidean_l2")]
     return all(a <= b + ROUNDING for a, b in itertools.pairwise(chain))
 
@@ -80,33 +78,29 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(log_sum - logits[np.arange(len(labels)), labels]))
 
 
-def _over_training(run: restore.Finished, phase: str, points: int) -> Iterator[tuple[float, Any]]:
-    """(epoch, network) before training, after some epochs and at the end: the run's own networks.
+def over_training(run: Finished, phase: str, points: int) -> Iterator[tuple[float, Any]]:
+    """Yield (epoch, network) before training, after some epochs and at the end.
 
-    Trained again with the run's configuration, from checkpoint to checkpoint, which on the CPU
-    gives the same bits as in one go.
+    The run is repeated with its configuration, from checkpoint to checkpoint. On the CPU this gives
+    the same bits as in one go.
     """
-    config, data = run.config, run.dataset
-    per_epoch = steps_per_epoch(data.train[1], config["batch_size"], config["per_class"])
-    last = min(config["epochs"] * per_epoch, config["max_steps"] or math.inf)
+    plan, config = run.plan, run.plan.config
     # Denser at the beginning, where more happens: epochs 1 to the last, evenly in the logarithm.
-    epochs = np.unique(np.geomspace(1, config["epochs"], points).round().astype(int))
-    stops = sorted({int(min(e * per_epoch, last)) for e in epochs})
-    options: dict[str, Any] = {}
-    if phase == "distilled":
-        options = {"teacher": run.trained["teacher"], "metric": run.metric}
-        options |= {"coef": coefficient(config, data), "task_coef": config["task_coef"]}
-    yield 0.0, _evaluated(run.fresh["student"])
+    epochs = np.unique(np.geomspace(1, config.epochs, points).round().astype(int))
+    stops = sorted({int(min(e * plan.steps_per_epoch, plan.steps)) for e in epochs})
+    fresh = plan.distilled if phase == "distilled" else plan.student
+    options = plan.matching(run.trained["teacher"]) if phase == "distilled" else {}
+    yield 0.0, _evaluated(plan.student)
     with tempfile.TemporaryDirectory() as folder:
         for stop in tqdm(stops, desc=report.TITLES[phase], unit=" points"):
             result = fit(
-                run.fresh[phase],
-                data.train,
+                fresh,
+                plan.dataset.train,
                 checkpoint_dir=folder,
-                **fit_options(config | {"max_steps": stop}, data),
+                **plan.options | {"max_steps": stop},
                 **options,
             )
-            yield stop / per_epoch, result.student
+            yield stop / plan.steps_per_epoch, result.student
 
 
 def _evaluated(model):
@@ -124,7 +118,7 @@ def _rows(measured: dict) -> list[Sequence[str]]:
 
 
 def _figure(path: pathlib.Path, measured: dict, sigma: float) -> None:
-    """Above the chain, below the real classifiers' gap; a column a student."""
+    """Draw the chain above the real classifiers' gap; one column per student."""
     figure, axes = figures.plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row")
     lines = {
         "l2": ("L2", figures.BLUE, "o"),

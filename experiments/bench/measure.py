@@ -1,11 +1,9 @@
-"""Measuring side by side: clouds to measure on, times in turn, a table, JSON and a plot."""
+"""Measure side by side: clouds to measure on, times in turn, JSON and a plot."""
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import operator
-import os
 import pathlib
 import platform
 import sys
@@ -14,34 +12,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
-# Okabe and Ito's colours, distinct for colour-blind readers, each with a marker of its own.
-STYLES = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#E69F00", "^"),
-    ("#009E73", "D"),
-    ("#CC79A7", "v"),
-    ("#56B4E9", "P"),
-    ("#000000", "x"),
-)
+from experiments.common import machine
+from experiments.common.figures import LINES, plt
+
 KINDS = ("related", "clustered", "confused", "unrelated")
 PAUSE = 0.01  # seconds
 PACKAGES = ("jax", "jaxlib", "ott-jax", "pot", "torch", "numpy")
 
 
 def clouds(kind: str, n: int, d: int, classes: int = 10, seed: int = 0):
-    """Student and teacher features ``[n, d]`` float32, and labels ``[n]``.
+    """Draw student and teacher features ``[n, d]`` float32, and labels ``[n]``.
 
-    "related" is a half-trained student (the teacher's features plus noise), "clustered" has the
-    same classes around centres that moved, "confused" is that with one student sample in twenty in
-    the wrong cluster, so that no cluster has its teacher's mass, "unrelated" has nothing in common
-    but its spread.
+    "related" is a half-trained student: the teacher's features plus noise. "clustered" has the same
+    classes around centres that moved. "confused" is "clustered" with one student sample in twenty
+    in the wrong cluster, so that no cluster has its teacher's mass. "unrelated" has nothing in
+    common but its spread.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % classes)
@@ -68,7 +55,7 @@ class Case:
     """One thing to time.
 
     Attributes:
-      columns: what names it in the table, and what is known of it beside its time.
+      columns: its name and other facts in the table, beside its time.
       run: does it once and waits for the result.
     """
 
@@ -76,11 +63,11 @@ class Case:
     run: Callable[[], object]
 
 
-def measure(cases: Sequence[Case], repeats: int, seconds: float = 6.0) -> list[dict]:
-    """The cases' columns with median and quartiles of their times, in milliseconds.
+def in_turn(cases: Sequence[Case], repeats: int, seconds: float = 6.0) -> list[dict]:
+    """Return the cases' columns with median and quartiles of their times, in milliseconds.
 
-    They run in turn, so that a slow moment of the machine hits them all, after one round that
-    does not count. ``seconds`` ends it early, after three rounds at least.
+    The cases run in turn, so that a slow moment of the machine hits them all. A first round does
+    not count. ``seconds`` ends the measurement early, after three rounds at least.
     """
     times: list[list[float]] = [[] for _ in cases]
     for case in cases:
@@ -101,93 +88,55 @@ def measure(cases: Sequence[Case], repeats: int, seconds: float = 6.0) -> list[d
 
 
 def compiled(function: Callable, *arrays) -> Callable[[], object]:
-    """A scalar function and its gradient to the first array, as one program, ready to time."""
+    """Compile a scalar function and its gradient to the first array as one program, to time it."""
     both = jax.jit(jax.value_and_grad(function)).lower(*arrays).compile()
     return lambda: jax.block_until_ready(both(*arrays))
 
 
 def ratios(rows: list[dict], reference: Callable = operator.itemgetter(0)) -> list[dict]:
-    """The rows with each median over one of them: the first, or what ``reference`` picks."""
+    """Divide each row's median by one of them: the first, or what ``reference`` picks."""
     base = reference([row["ms"] for row in rows])
     return [{**row, "ratio": row["ms"] / base} for row in rows]
 
 
 def verdict(what: str, value: float, target: float, *, least: bool = False) -> str:
-    """A note: what was measured, the target it had, and whether it is met."""
+    """Write a note: what was measured, its target, and whether that is met."""
     met = value >= target if least else value <= target
     bound = "at least" if least else "at most"
     return f"{what}: {value:.2f}, target {bound} {target:.3g}: {'met' if met else 'MISSED'}"
 
 
-def text_table(rows: Sequence[dict]) -> str:
-    """The rows for a terminal, numbers to three digits; a dash where a row has no such column."""
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [header, *([_cell(row.get(key)) for key in header] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    left = [any(isinstance(row.get(key), str) for row in rows) for key in header]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if start else cell.rjust(width)
-            for cell, width, start in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return str(value)
-
-
-def machine() -> dict:
-    """Where and with what it was measured, and when."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+def environment() -> dict:
+    """Describe the machine, the versions and the day of a measurement."""
+    host = machine.host()
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "processor": _processor(),
+        "machine": host["machine"],
+        "processor": host["cpu"],
         "devices": [device.device_kind for device in jax.devices()],
         "system": platform.system(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
+        "cores": host["cores"],
+        "python": host["python"],
+        "versions": machine.versions(PACKAGES),
         "float32 products": _precision(),
     }
 
 
 def _precision() -> dict:
-    """Whether float32 may mean TF32, as JAX's default has it on GPUs since Ampere."""
+    """Tell whether float32 may mean TF32, as JAX's default has it on GPUs since Ampere."""
     config: Any = jax.config
-    found: dict = {"jax": config.jax_default_matmul_precision or "default"}
+    precision: dict = {"jax": config.jax_default_matmul_precision or "default"}
     if torch := sys.modules.get("torch"):
-        found["torch matmul"] = torch.get_float32_matmul_precision()
-        found["torch cudnn.allow_tf32"] = torch.backends.cudnn.allow_tf32
-    return found
-
-
-def _processor() -> str | None:
-    """The CPU's model, on Linux."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), None)
+        precision["torch matmul"] = torch.get_float32_matmul_precision()
+        precision["torch cudnn.allow_tf32"] = torch.backends.cudnn.allow_tf32
+    return precision
 
 
 def write(out: str | pathlib.Path, suite: str, rows: Sequence[dict], notes: Sequence[str]) -> None:
     """Write a suite's rows with the machine they were measured on, as JSON."""
     path = pathlib.Path(out) / f"{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"suite": suite, **machine(), "notes": list(notes), "rows": list(rows)}
+    content = {"suite": suite, **environment(), "notes": list(notes), "rows": list(rows)}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -209,7 +158,7 @@ def log_log(
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, points in lines.items():
-            colour, marker = STYLES[names.index(name) % len(STYLES)]
+            colour, marker = LINES[names.index(name) % len(LINES)]
             xs, ys, right = zip(*sorted(points), strict=True)
             axis.loglog(xs, ys, color=colour, marker=marker, markersize=5, label=name)
             wrong = [(x, y) for x, y, fine in zip(xs, ys, right, strict=True) if not fine]

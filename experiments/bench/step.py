@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments._common import bench, bench_answers
+from experiments.bench import answers, measure
 from experiments.data.augment import preprocess
 from experiments.data.load import load
 from kd2m_jax import fit, from_nnx, init_state, losses, make_train_step, models, projected
 
-# Teacher, student, and the images: a shape is that of random ones and of untrained networks.
+# Teacher, student, and the images: a shape means random images and untrained networks.
 PAIRS = (("resnet8", "mlp-32-64", "digits"), ("resnet20", "resnet8", (32, 32, 3)))
 TARGETS = {("resnet20", "resnet8"): 1.1}
-# Passes over the digits: a trained teacher, a student on its way, for a metric's iterations depend
-# on how alike the two are.
+# Passes over the digits. The teacher is trained, the student on its way, because a metric's
+# iterations depend on how alike the two are.
 EPOCHS = (8, 2)
 
 Pair = tuple[str, str, str | tuple[int, ...]]
@@ -25,7 +25,7 @@ Pair = tuple[str, str, str | tuple[int, ...]]
 def step(
     out: str, pairs: Sequence[Pair] = PAIRS, batch: int = 128, repeats: int = 20
 ) -> tuple[list[dict], list[str]]:
-    """Rows and notes, of every metric that the networks have something for."""
+    """Return rows and notes, for every metric that suits the networks."""
     del out  # no plot
     rows, notes = [], []
     for pair in pairs:
@@ -37,20 +37,20 @@ def step(
 
 
 def worst_case(rows: list[dict], title: str, target: float | None) -> list[str]:
-    """A note on the metric that adds most, and on those whose answers are wrong."""
+    """Write notes on the metric that adds most, and on metrics whose answers are wrong."""
     worst = max(rows, key=lambda row: row["ratio"])
     title = f"{title}, step with {worst['metric']} over none, the most"
     wrong = [row["metric"] for row in rows if row.get("answer") == "WRONG"]
     note = f"{title}: {worst['ratio']:.2f}"
     if target:
-        note = bench.verdict(title, worst["ratio"], target)
+        note = measure.verdict(title, worst["ratio"], target)
     return [note, *([f"WRONG answers: {', '.join(wrong)}"] if wrong else [])]
 
 
 def beside_none(
     pair: Pair, metrics: Sequence[str], batch: int, repeats: int, dtype=jnp.float32
 ) -> list[dict]:
-    """Rows of a step without a metric and with each, in turn."""
+    """Return rows of a step without a metric and with each, timed in turn."""
     *networks, x, labels = setting(pair, batch, dtype)
     teacher, student = map(from_nnx, networks)
     variables = teacher.init(None, x)
@@ -65,15 +65,15 @@ def beside_none(
                 continue
             if metric == "wkd-f":  # its projector is part of the method, also at equal sizes
                 network = projected(student, channels=seen_by_teacher.maps[-1].shape[-1])
-            columns |= bench_answers.answer(metric, out, seen_by_teacher, labels)
-        cases.append(bench.Case(columns, _once(*program(network, teacher, x, labels, metric))))
+            columns |= answers.answer(metric, out, seen_by_teacher, labels)
+        cases.append(measure.Case(columns, _once(*program(network, teacher, x, labels, metric))))
     # A round of all takes 12 s where a step takes half a second, and ratios of three rounds say
     # nothing about a tenth.
-    return bench.ratios(bench.measure(cases, repeats, 150.0))
+    return measure.ratios(measure.in_turn(cases, repeats, 150.0))
 
 
 def setting(pair: Pair, batch: int, dtype=jnp.float32):
-    """Teacher, student, images and labels."""
+    """Return teacher, student, images and labels."""
     names, data = pair[:2], pair[2]
     if not isinstance(data, str):
         networks = [_build(name, data, seed, dtype) for seed, name in enumerate(names)]
@@ -99,7 +99,7 @@ def _build(name: str, shape, seed: int, dtype) -> nnx.Module:
 
 
 def program(network, teacher, x, labels, metric: str):
-    """A compiled step, and the state, teacher's variables and batch that it takes."""
+    """Return a compiled step, and the state, teacher's variables and batch that it takes."""
     optimizer = optax.sgd(0.01, momentum=0.9)
     run = make_train_step(
         network,
@@ -126,7 +126,7 @@ class _Look(losses.Metric):
     """No distance, but the teacher's output is read: XLA would leave out its forward pass."""
 
     def __call__(self, student, teacher, labels=None, *, key=None):
-        """The mean of the teacher's features and logits."""
+        """Return the mean of the teacher's features and logits."""
         del student, labels, key
         return jnp.mean(teacher.features) + jnp.mean(jnp.asarray(teacher.logits))
 

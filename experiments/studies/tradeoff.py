@@ -1,4 +1,4 @@
-"""From runs with several lambdas to the trade-off's JSON, Markdown and figure. No JAX."""
+"""A trade-off's numbers, from runs with several lambdas, and its three files. No JAX."""
 
 import json
 import math
@@ -10,10 +10,10 @@ from collections.abc import Iterable
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments._common import intervals, provenance
-from experiments._common.folder import read_metrics
-from experiments._common.grid import ALONE, Cell, scores
 from experiments.common import figures, tables
+from experiments.runs.folder import ALONE
+from experiments.studies import intervals, provenance
+from experiments.studies.grid import Cell, scores
 
 HEADER = ("λ", "accuracy (%)", "minus alone", "95% interval", "p (Holm)")
 HEADER += ("cross-entropy (nats)", "distance")
@@ -22,28 +22,58 @@ HEADER += ("cross-entropy (nats)", "distance")
 def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> str:
     """Write <name>.json, .md and .png into a folder; returns the table as text."""
     out = pathlib.Path(out)
+    numbers = {
+        "title": title,
+        "command": shlex.join(["python", "-m", "experiments.tradeoff", *sys.argv[1:]]),
+        **provenance.of(cells),
+        **_numbers(cells),
+    }
+    rows = [HEADER, *(_row(coef, row) for coef, row in numbers["coefs"].items())]
+    note = (
+        f"{sum(c.label == ALONE for c in cells)} seeds, paired with their student alone "
+        f"({_mean(numbers['alone'])}%; teacher {_mean(numbers['teacher'])}%). Accuracy of the last "
+        "epoch over all test examples; losses are means of the last epoch's training records; "
+        "λ of auto is its geometric mean over training; "
+        f"95% t-intervals; p is adjusted for {len(rows) - 1} comparisons (Holm). To pick the best "
+        "λ from this table is to pick it on the test set."
+    )
+    (out / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    lines = [f"# {title}", "", "```bash", numbers["command"], "```", "", *tables.markdown(rows), ""]
+    lines += [
+        note,
+        "",
+        provenance.sentence(numbers),
+        "",
+        f"![Accuracy and both losses against lambda]({name}.png)",
+        "",
+    ]
+    (out / f"{name}.md").write_text("\n".join(lines))
+    _figure(out / f"{name}.png", numbers)
+    return f"{title}\n{tables.aligned(rows)}\n\n{note}"
+
+
+def _numbers(cells: list[Cell]) -> dict:
+    """Collect teacher, student alone and each lambda, over seeds."""
     alone = [c for c in cells if c.label == ALONE]
-    accuracy, losses = {}, {}
+    accuracy, losses, diverged = {}, {}, {}
     for one in cells:
         if one.label != ALONE:
             coef = one.settings.distillation.coef
             accuracy.setdefault(coef, []).append(scores(one, "distilled")[-1])
-            if one.diverged is None:
-                losses.setdefault(coef, []).append(_last_epoch(one.path))
+            if one.folder.diverged is None:
+                losses.setdefault(coef, []).append(_last_epoch(one.folder.records))
+            else:
+                diverged.setdefault(coef, {})[one.seed] = one.folder.diverged
     reference = [scores(c, "student")[-1] for c in alone]
     differences = intervals.compare(accuracy, reference)
-    found = {
-        "title": title,
-        "command": shlex.join(["python", "-m", "experiments.tradeoff", *sys.argv[1:]]),
-        **provenance.of(cells),
+    return {
         "teacher": intervals.summary([scores(c, "teacher")[-1] for c in alone]),
         "alone": intervals.summary(reference),
         "coefs": {
             coef: {
                 "accuracy": intervals.summary(values),
                 "difference": differences[coef],
-                "diverged": {c.seed: c.diverged for c in cells if c.diverged is not None
-                             and c.settings.distillation.coef == coef},
+                "diverged": diverged.get(coef, {}),
                 # What lambda was: a number, or its geometric mean over training where tracked.
                 "lambda": _geometric([x["coef"] for x in losses.get(coef, [])]),
                 **{key: intervals.summary([x[key] for x in losses.get(coef, [])])
@@ -52,40 +82,18 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
             for coef, values in accuracy.items()
         },
     }  # fmt: skip
-    rows = [HEADER, *(_row(coef, values) for coef, values in found["coefs"].items())]
-    note = (
-        f"{len(alone)} seeds, paired with their student alone "
-        f"({_mean(found['alone'])}%; teacher {_mean(found['teacher'])}%). Accuracy of the last "
-        "epoch over all test examples; losses are means of the last epoch's training records; "
-        "λ of auto is its geometric mean over training; "
-        f"95% t-intervals; p is adjusted for {len(rows) - 1} comparisons (Holm). To pick the best "
-        "λ from this table is to pick it on the test set."
-    )
-    (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-    lines = [f"# {title}", "", "```bash", found["command"], "```", "", *tables.markdown(rows), ""]
-    lines += [
-        note,
-        "",
-        provenance.sentence(found),
-        "",
-        f"![Accuracy and both losses against lambda]({name}.png)",
-        "",
-    ]
-    (out / f"{name}.md").write_text("\n".join(lines))
-    _figure(out / f"{name}.png", found)
-    return f"{title}\n{tables.aligned(rows)}\n\n{note}"
 
 
-def _last_epoch(path: pathlib.Path) -> dict[str, float | None]:
-    """Means of both losses over the last epoch's records, and lambda's geometric mean over all."""
-    lines = [line for line in read_metrics(path) if line["phase"] == "distilled"]
+def _last_epoch(records: list[dict]) -> dict[str, float | None]:
+    """Average both losses over the last epoch's records, and lambda geometrically over all."""
+    lines = [line for line in records if line["phase"] == "distilled"]
     last = [line for line in lines if line["epoch"] == lines[-1]["epoch"]]
     found = {k: float(np.mean([r[k] for r in last])) for k in ("task_loss", "distillation_loss")}
     return {**found, "coef": _geometric([line["coef"] for line in lines])}
 
 
 def _geometric(values: Iterable[float | None]) -> float | None:
-    """The geometric mean; a tracked lambda is 0 or infinite where a gradient vanishes: left out."""
+    """Average geometrically, without 0 and infinity, which a vanishing gradient gives."""
     logs = [math.log(value) for value in values if value and math.isfinite(value)]
     return math.exp(sum(logs) / len(logs)) if logs else None
 
@@ -120,7 +128,7 @@ def _mean(summary: dict) -> str:
 
 
 def _figure(path: pathlib.Path, found: dict) -> None:
-    """Four panels over one logarithmic axis of lambda."""
+    """Draw four panels over one logarithmic axis of lambda."""
     panels = (
         ("accuracy", "test accuracy (%)"),
         ("difference", "minus student alone (points)"),
@@ -163,6 +171,6 @@ def _figure(path: pathlib.Path, found: dict) -> None:
         if phase == "alone" and found[phase]["interval"]:
             axes[0].axhspan(*found[phase]["interval"], color=colour, alpha=0.15, linewidth=0)
     axes[1].axhline(0, color=figures.PHASES["student"], linewidth=1)
-    # Above, for where there is room inside depends on the metric.
+    # Above, because where there is room inside depends on the metric.
     axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
     figures.finish(figure, path)
