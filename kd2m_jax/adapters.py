@@ -27,7 +27,7 @@ class Apply(Protocol):
     """What `Network.apply` is."""
 
     def __call__(
-        self, params: Tree, state: Tree, x: Tree, /, *, train: bool, rng: jax.Array | None
+        self, params: Tree, state: Tree, x: Tree, /, *, train: bool, rng: jax.Array | None = None
     ) -> tuple[Outputs, Tree]:
         """Return the outputs of a batch, and the state after it."""
         ...

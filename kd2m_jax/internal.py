@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from kd2m_jax._locks import locked as locked
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
+    from kd2m_jax.losses._gaussian import polar_by_products as polar_by_products
+    from kd2m_jax.losses._gaussian import polar_by_svd as polar_by_svd
+    from kd2m_jax.losses._gaussian import tolerance as tolerance
     from kd2m_jax.losses._metrics import spelled as spelled
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
     from kd2m_jax.models._torch_weights import local_file as local_file
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from kd2m_jax.training._processes import is_first as is_first
     from kd2m_jax.training._processes import start as start
     from kd2m_jax.training._processes import watched as watched
+    from kd2m_jax.training._progress import Progress as Progress
+    from kd2m_jax.training._records import Records as Records
     from kd2m_jax.training._step import step_body as step_body
 
 _HOMES = {
@@ -46,8 +51,13 @@ _HOMES = {
     "is_first": "training._processes",
     "start": "training._processes",
     "watched": "training._processes",
+    "Progress": "training._progress",
+    "Records": "training._records",
     "local_file": "models._torch_weights",
     "did_you_mean": "losses._checks",
+    "polar_by_products": "losses._gaussian",
+    "polar_by_svd": "losses._gaussian",
+    "tolerance": "losses._gaussian",
     "spelled": "losses._metrics",
     "KERNELS": "losses._mmd",
     "as_network": "adapters",

@@ -13,7 +13,7 @@ from kd2m_jax import losses
 MODULES = {
     "kd2m_jax": "kd2m_jax",
     "kd2m_jax.losses": "kd2m_jax.losses",
-    "kd2m_jax.models": ("kd2m_jax.models", "kd2m_jax._torch_weights"),
+    "kd2m_jax.models": "kd2m_jax.models",
     "kd2m_jax.theory": "kd2m_jax.theory",
 }
 

@@ -347,8 +347,6 @@ def apart(step: Any) -> Step:
             teacher_variables = owned(teacher_variables)
         return step(state, teacher_variables, batch)
 
-    if hasattr(step, "lower"):
-        call.lower = step.lower  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments._common.augment import preprocess
-from experiments._common.data import DATASETS, Dataset
-from experiments._common.protocols import PROTOCOLS
+from experiments.data.augment import preprocess
+from experiments.data.specs import DATASETS, Dataset
+from experiments.runs.protocols import PROTOCOLS
 
 KEYS = jax.random.split(jax.random.key(0), 2000)
 

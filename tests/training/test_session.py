@@ -17,7 +17,7 @@ from clouds import draw
 from flax import nnx
 
 from kd2m_jax import CheckpointError, Stopped, fit, models
-from kd2m_jax._locks import locked
+from kd2m_jax.internal import locked
 from kd2m_jax.training import _session as session_module
 from kd2m_jax.training._checkpoints import Checkpoints
 
