@@ -63,7 +63,7 @@ def assert_same(out, expected):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process of four devices writes."""
+    """Return what one process of four devices writes."""
     out = tmp_path_factory.mktemp("alone") / "run"
     [(status, _, errors)] = finish([start(out, 4)])
     assert status == 0, errors

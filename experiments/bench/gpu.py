@@ -120,9 +120,10 @@ def epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, repeats:
 def forward_flops(module: nnx.Module) -> float:
     """Count one image's FLOPs; a training step does three times as many, the usual count."""
     network, x = from_nnx(module), jnp.zeros((16, *SHAPE))
-    forward = jax.jit(lambda v, x: network.apply(*v, x, train=False, rng=None)[0].logits)
+    apply = network.apply
+    forward = jax.jit(lambda params, state, x: apply(params, state, x, train=False)[0].logits)
     # Before XLA's passes, which hide convolutions in calls of cuDNN.
-    costs: Any = forward.lower(network.init(None, x), x).cost_analysis()
+    costs: Any = forward.lower(*network.init(None, x), x).cost_analysis()
     return costs["flops"] / len(x)
 
 

@@ -77,11 +77,11 @@ def _run(began: float, flags: list[str]) -> dict:
     from experiments import digits
     from experiments.common import cli
     from experiments.runs import train  # noqa: F401  (what the main loads later)
-    from kd2m_jax.internal import Log
+    from kd2m_jax.internal import Records
 
     seconds["imports"] = time.time() - began
     jax.monitoring.register_event_duration_secs_listener(note)
-    add, Log.add = Log.add, first_step
+    add, Records.add = Records.add, first_step
     sys.argv = ["experiments.digits", *flags]
     cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description=None)
     return {**seconds, "end": time.time() - began}

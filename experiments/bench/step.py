@@ -110,7 +110,7 @@ def program(network, teacher, x, labels, metric: str):
     )
     state = init_state(network, optimizer, x, key=jax.random.key(0))
     arguments = (state, teacher.init(None, x), (x, labels))
-    return run.lower(*arguments).compile(), *arguments
+    return jax.jit(run, donate_argnums=0).lower(*arguments).compile(), *arguments
 
 
 def _once(run, state, variables, batch):

@@ -9,6 +9,7 @@ from typing import ClassVar, TypeVar
 import tyro
 
 from experiments.common.errors import DataError, UsageError
+from kd2m_jax.internal import set_compiler_flags
 
 FlagsT = TypeVar("FlagsT", bound="Flags")
 
@@ -40,6 +41,7 @@ def main(
         description=_summary(description or ""),
     )
     _keep_compiled_programs()
+    set_compiler_flags()
     # Only now, because these load JAX, which --help does not need and the cache must precede.
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
     from kd2m_jax.internal import ProcessLost
@@ -80,7 +82,7 @@ def _keep_compiled_programs() -> None:
     """Tell JAX, before it is imported, to keep XLA's programs in the user's cache."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "kd2m_jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def _fail(message: object) -> None:

@@ -228,9 +228,7 @@ def with_class_cost(metric: Metric, teacher: nnx.Module, dataset: Dataset) -> Me
     return _with_class_cost(metric, teacher, dataset)
 
 
-def _with_class_cost(
-    metric: losses.Metric, teacher: nnx.Module, dataset: Dataset
-) -> losses.Metric:
+def _with_class_cost(metric: losses.Metric, teacher: nnx.Module, dataset: Dataset) -> losses.Metric:
     if "class_cost" not in inspect.signature(losses.METRICS[metric.name].function).parameters:
         return metric
     images, labels = dataset.train

@@ -70,7 +70,7 @@ def test_evaluation_normalises_and_nothing_else():
 
 
 def rates(name, epochs, steps_per_epoch=10):
-    """The learning rate of each epoch's first and last step, as the optimizer applies it."""
+    """Return the learning rate of each epoch's first and last step, as the optimizer applies it."""
     optimizer = PROTOCOLS[name].optimizer(epochs, steps_per_epoch)
     first = []
     params = jnp.zeros(())

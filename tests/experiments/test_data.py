@@ -24,7 +24,7 @@ from tensorflow_datasets.core.download import downloader
 from experiments.common.errors import DataError
 from experiments.data import prepare
 from experiments.data.load import load
-from kd2m_jax._locks import locked
+from kd2m_jax.internal import locked
 
 
 def configure(monkeypatch, **options):
@@ -33,7 +33,7 @@ def configure(monkeypatch, **options):
 
 
 def as_set(images, labels):
-    """A split as a sorted list of (label, pixels): tfds shuffles when it prepares."""
+    """Return a split as a sorted list of (label, pixels): tfds shuffles when it prepares."""
     return sorted((int(y), x.tobytes()) for x, y in zip(images, labels, strict=True))
 
 
@@ -65,7 +65,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves `tmp_path/"www"`; yields its address."""
+    """Serve `tmp_path/"www"`; yield its address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -268,7 +268,7 @@ def overwrite(path, start, content):
 
 
 def rewrite(path, change):
-    """Replaces the records of a shard by `change` of them."""
+    """Replace the records of a shard by `change` of them."""
     records = change(ArrayRecordReader(str(path)).read_all())
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for record in records:
@@ -277,7 +277,7 @@ def rewrite(path, change):
 
 
 def change_in(record, mark, content):
-    """The record with the bytes after the only `mark` overwritten."""
+    """Return the record with the bytes after the only `mark` overwritten."""
     head, tail = record.split(mark)
     return head + mark + content + tail[len(content) :]
 

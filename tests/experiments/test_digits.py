@@ -25,7 +25,7 @@ from experiments.runs import report
 from experiments.runs.configuration import configuration
 from experiments.runs.folder import RunFolder, read_metrics
 from experiments.runs.settings import Run
-from kd2m_jax._locks import locked
+from kd2m_jax.internal import locked
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
@@ -99,7 +99,7 @@ def test_the_readme_command_leaves_its_folder(tmp_path):
 
 
 def start(out, *flags):
-    """The command, running, and its files."""
+    """Start the command; return it and its files."""
     return subprocess.Popen(
         command(out, *flags),
         cwd=ROOT,
@@ -128,7 +128,7 @@ def lines_of(run):
 
 
 def arrays_of(folder):
-    """The arrays of the newest checkpoints of a folder."""
+    """Return the arrays of the newest checkpoints of a folder."""
     newest = {kind: max(map(int, os.listdir(folder / kind))) for kind in ("last", "best")}
     with ocp.StandardCheckpointer() as checkpointer:
         return newest, {

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def shown(module, *flags, width=80):
-    """The lines that a command prints into a terminal of this width."""
+    """Return the lines that a command prints into a terminal of this width."""
     done = subprocess.run(
         [sys.executable, "-m", module, *flags],
         cwd=ROOT,

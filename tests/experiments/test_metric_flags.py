@@ -25,7 +25,7 @@ RESNETS = ["--teacher=resnet8", "--student=resnet8"]
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
-    """Runs the main in a folder of its own; returns config and the distilled student's lines."""
+    """Run the main in a folder of its own; return config and the distilled student's lines."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, steps=3):

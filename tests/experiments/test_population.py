@@ -36,7 +36,7 @@ def cells(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A trade-off in one go, and the calls of fit that it took."""
+    """Run a trade-off in one go; return it and the calls of fit that it took."""
     out, fit, calls = tmp_path_factory.mktemp("together"), population.fit, []
 
     def counting(students, data, **options):

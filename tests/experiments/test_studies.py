@@ -32,7 +32,7 @@ def in_process(monkeypatch, module, default, *flags):
 
 @pytest.fixture
 def finished_run(monkeypatch, tmp_path):
-    """A run of two epochs: 42 steps."""
+    """Make a run of two epochs: 42 steps."""
     run = tmp_path / "run"
     in_process(monkeypatch, digits, digits.DEFAULTS, *TINY, "--epochs=2", "--metric=l2",
                "--coef=auto:0.2", f"--out={run}")  # fmt: skip

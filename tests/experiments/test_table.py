@@ -180,7 +180,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, monkeypatch, capsys,
 
 
 def written(one, accuracy, **env):
-    """A run folder without training: the teacher at this accuracy, the student at 0.1 more."""
+    """Make a run folder without training: the teacher at this accuracy, the student 0.1 higher."""
     path = one.folder.path
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(CONFIG.to_json()))
