@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kd2m_jax.training._evaluation import make_eval_step as make_eval_step
     from kd2m_jax.training._fit import FitResult as FitResult
     from kd2m_jax.training._fit import fit as fit
     from kd2m_jax.training._parallel import pmap_step as pmap_step
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from kd2m_jax.training._step import Step as Step
     from kd2m_jax.training._step import TrainState as TrainState
     from kd2m_jax.training._step import init_state as init_state
-    from kd2m_jax.training._step import make_eval_step as make_eval_step
     from kd2m_jax.training._step import make_train_step as make_train_step
 
 _HOMES = {
@@ -24,7 +24,7 @@ _HOMES = {
     "Step": "_step",
     "TrainState": "_step",
     "init_state": "_step",
-    "make_eval_step": "_step",
+    "make_eval_step": "_evaluation",
     "make_train_step": "_step",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,6 +1,7 @@
 """From the arguments of `fit` to a checked, frozen plan of its run."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -143,11 +144,7 @@ def make_plan(
     # Everything on every device once, rather than at each call; of this process's, because that
     # is what pmap takes.
     mesh = Mesh(np.array(devices)[here], (DEVICES,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def place(tree):
-        return jax.device_put(tree, everywhere)
-
+    place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
     networks = [as_network(student) for student in students.models]
     if teacher is not None:
         teacher_variables = place(variables_of(teacher, teacher_variables))
@@ -157,15 +154,9 @@ def make_plan(
         schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
         optimizer = optax.adam(schedule)
     frozen = None if teacher is None else as_network(teacher)
-    bodies = [
-        step_body(
-            network, frozen, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
-        )
-        for network, metric, coef in zip(networks, students.metrics, students.coefs, strict=True)
-    ]
+    bodies = _bodies(networks, students, frozen, optimizer, task_coef)
     sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
-    sample = jnp.zeros(sample.shape, sample.dtype)
-    key = jax.random.key(seed)
+    sample, key = jnp.zeros(sample.shape, sample.dtype), jax.random.key(seed)
     return Plan(
         networks=networks,
         is_population=students.is_population,
@@ -174,15 +165,7 @@ def make_plan(
         program=shared(_mapped, bodies, preprocess, tuple(devices)),
         batches=batches,
         evaluate=evaluators(networks, eval_data, preprocess, mesh),
-        records=[
-            Records(
-                callbacks,
-                has_teacher=teacher is not None,
-                total=total,
-                student=i if students.is_population else None,
-            )
-            for i in range(len(networks))
-        ],
+        records=_records(students, callbacks, has_teacher=teacher is not None, total=total),
         settings=_settings(batches, seed, students),
         total=total,
         epochs=epochs,
@@ -192,6 +175,27 @@ def make_plan(
         checkpoint_dir=checkpoint_dir,
         save_every=save_every,
     )
+
+
+def _bodies(networks, students: Students, teacher, optimizer, task_coef: Coef) -> list[Body]:
+    return [
+        step_body(
+            network, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+        )
+        for network, metric, coef in zip(networks, students.metrics, students.coefs, strict=True)
+    ]
+
+
+def _records(students: Students, callbacks, *, has_teacher: bool, total) -> list[Records]:
+    return [
+        Records(
+            callbacks,
+            has_teacher=has_teacher,
+            total=total,
+            student=i if students.is_population else None,
+        )
+        for i in range(len(students.models))
+    ]
 
 
 def _unchanged(x, keys):

@@ -1,7 +1,6 @@
 """Algorithm 1 as one XLA program: student and teacher forward, both losses, the update."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -367,46 +366,3 @@ def _like(new: Any, old: Any) -> Any:
 
 def _accuracy(out: Outputs, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.argmax(jnp.asarray(out.logits), axis=-1) == labels, dtype=jnp.float32)
-
-
-def make_eval_step(network: Network) -> Callable[..., dict[str, jax.Array]]:
-    """Compile the evaluation of one batch, as sums: add them up, then divide.
-
-    Args:
-      network: any `Network`; it runs in evaluation mode.
-
-    Returns:
-      ``eval_step(variables, (x, labels)) -> sums`` with ``correct``, ``loss`` (cross-entropy in
-      nats) and ``count``. Examples with a negative label do not count, so a last partial batch
-      is padded with label -1 and nothing is compiled again.
-
-    Raises:
-      Whatever the network raises for such an ``x`` ``[n, ...]``; labels are ``[n]`` integers.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from kd2m_jax import from_nnx, models
-      >>> network = from_nnx(models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0)))
-      >>> x = jnp.ones((4, 4))
-      >>> sums = make_eval_step(network)(network.init(None, x), (x, jnp.array([0, 1, 2, -1])))
-      >>> print(sums["correct"], sums["count"])
-      1 3
-    """
-    return jax.jit(functools.partial(evaluation_sums, network.apply))
-
-
-def evaluation_sums(apply: Apply, variables: Any, batch: Any) -> dict[str, jax.Array]:
-    """Return what `make_eval_step` adds up for a batch."""
-    (params, state), (x, labels) = variables, batch
-    out, _ = apply(params, state, x, train=False, rng=None)
-    counted = labels >= 0
-    logits = jnp.asarray(out.logits, jnp.promote_types(jnp.asarray(out.logits).dtype, jnp.float32))
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.where(counted, labels, 0)
-    )
-    return {
-        "correct": jnp.sum(counted & (jnp.argmax(logits, axis=-1) == labels)),
-        "loss": jnp.sum(jnp.where(counted, losses, 0)),
-        "count": jnp.sum(counted),
-    }
