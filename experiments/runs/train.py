@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Unpack
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from experiments.common.errors import UsageError
 from experiments.data.load import load
 from experiments.data.specs import Dataset
 from experiments.runs import report
-from experiments.runs.build import Plan, build, check_names
+from experiments.runs.build import Matching, Plan, build, check_names
 from experiments.runs.configuration import RunConfig, configuration
 from experiments.runs.folder import RunFolder
 from experiments.runs.progress import shown
@@ -106,7 +107,7 @@ def run_phase(
     phase: str,
     network: nnx.Module | Network,
     checkpoint_dir: pathlib.Path,
-    **options,
+    **matching: Unpack[Matching],
 ) -> FitResult:
     """Train one network, with a progress bar, into the run folder."""
     with shown(report.TITLES[phase], plan) as progress:
@@ -118,7 +119,7 @@ def run_phase(
             callbacks=[folder.writer(phase), progress] if is_first() else [],
             checkpoint_dir=checkpoint_dir,
             **plan.options,
-            **options,
+            **matching,
         )
     if speed := progress.images_per_second():
         folder.write_speed(phase, speed)

@@ -79,7 +79,7 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
             [plan.distilled for plan in plans],
             dataset.train,
             teacher=teacher,
-            metric=[options["metric"] for options in matching],
+            metric=[options.get("metric") for options in matching],
             coef=[plan.coef for plan in plans],
             task_coef=first.config.task_coef,
             eval_data=dataset.test,

@@ -1,19 +1,10 @@
 """The progress bar."""
 
 import io
-import json
-import sys
-import jax.numpy as jnp
-import numpy as np
-import optax
-import pytest
-from tqdm import tqdm
-from experiments import digits
-from experiments.common import cli
-from experiments.runs import progress, report, settings
-from experiments.runs.folder import RunFolder
-from experiments.runs.protocols import PROTOCOLS
 
+from tqdm import tqdm
+
+from experiments.runs import progress
 
 def test_a_bar_counts_what_was_replayed_as_done_but_not_as_speed(monkeypatch):
     times = iter([10.0, 12.0])
