@@ -9,9 +9,8 @@ import platform
 import re
 import shutil
 
-from tensorboardX import SummaryWriter
-
 from experiments._common.cli import UsageError
+from experiments._common.events import event_writer
 from kd2m_jax._locks import locked
 
 OURS = ("config.json", "env.json", "metrics.jsonl", "report.md", "curves.png", "diverged.json")
@@ -107,17 +106,15 @@ class RunFolder:
         scratch.replace(file)
         events = self.path / "tensorboard" / name
         shutil.rmtree(events, ignore_errors=True)
-        writer = SummaryWriter(str(events))
+        write_events = event_writer(events)
 
         def write(record: dict) -> None:
             told = {k: v for k, v in record.items() if k not in ("steps", "replayed")}
             line = {"phase": name, **told}
             with file.open("a") as out:
                 out.write(json.dumps(line) + "\n")
-            for key in told.keys() - {"step", "epoch"}:
-                writer.add_scalar(key, record[key], record["step"])
-            if "test_accuracy" in record:
-                writer.flush()
+            scalars = {k: v for k, v in told.items() if k not in ("step", "epoch")}
+            write_events(record["step"], scalars)
 
         return write
 
