@@ -61,7 +61,7 @@ def test_fit_distils_and_resumes(tmp_path):
 
 
 def shown(*command):
-    """What a command prints, as a user runs it: with the compiler settings of its own choice."""
+    """Return what a command prints, as a user runs it: with the compiler settings of its choice."""
     env = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True

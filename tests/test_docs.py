@@ -13,7 +13,7 @@ from kd2m_jax import losses
 MODULES = {
     "kd2m_jax": "kd2m_jax",
     "kd2m_jax.losses": "kd2m_jax.losses",
-    "kd2m_jax.models": ("kd2m_jax.models", "kd2m_jax._torch_weights"),
+    "kd2m_jax.models": "kd2m_jax.models",
     "kd2m_jax.theory": "kd2m_jax.theory",
 }
 
@@ -28,7 +28,7 @@ RESULTS = {"Bound", "LossTerms", "MetricInfo", "Metric", "MetricSum", "Transport
 
 
 def public():
-    """The functions, classes and constructors that users call, each once."""
+    """Yield the functions, classes and constructors that users call, each once."""
     seen = set()
     for module in filter(importlib.util.find_spec, MODULES):
         home = importlib.import_module(module)
@@ -56,7 +56,7 @@ def kind(thing):
 
 
 def lacks(name, thing):
-    """What a public name's docstring does not say."""
+    """Return what a public name's docstring does not say."""
     doc = inspect.getdoc(thing) or ""
     found, what = sections(doc), kind(thing)
     first = doc.split("\n", 1)[0]
@@ -89,7 +89,7 @@ def test_docstring(name, thing):
 
 def test_a_docstring_without_one_of_them_is_noticed():
     def bare(z_s):
-        """It is a loss."""
+        """Stand for a loss."""
 
     assert lacks("bare", bare) == [
         "shapes", "each argument", "what it returns", "errors", "an example"

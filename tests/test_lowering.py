@@ -22,7 +22,7 @@ platforms = pytest.mark.parametrize("platform", PLATFORMS)
 
 @functools.cache
 def traced(name, *options):
-    """A metric's value and its gradients with respect to both networks."""
+    """Return a metric's value and its gradients with respect to both networks."""
     metric, key = losses.get_metric(name, **dict(options)), jax.random.key(0)
     *networks, labels = batch()
     of_networks = jax.value_and_grad(lambda networks: metric(*networks, labels, key=key))

@@ -1,0 +1,27 @@
+"""How XLA compiles for the CPU: chosen in one place, before JAX starts."""
+
+import importlib.metadata
+import os
+
+# Measured with jaxlib 0.10.2 on one core: the tests of the losses compile in 14.7 CPU seconds
+# with it instead of 39.6, and losses and training steps run as fast within 5%. jaxlib 0.11 no
+# longer knows the flag, and a flag that XLA does not know ends the process.
+_OLDER_CODE_GENERATOR = "--xla_cpu_use_fusion_emitters=false"
+# XLA's own passes stay, LLVM's do not: half the time to compile, steps 13 times slower. For
+# processes that run each program a few times.
+_UNOPTIMISED = "--xla_backend_optimization_level=0"
+
+
+def compiler_flags(*, optimised: bool = True) -> list[str]:
+    """List XLA's flags for short compile times with the installed jaxlib."""
+    version = importlib.metadata.version("jaxlib").split(".")
+    flags = [_OLDER_CODE_GENERATOR] if (int(version[0]), int(version[1])) < (0, 11) else []
+    return flags if optimised else [*flags, _UNOPTIMISED]
+
+
+def set_compiler_flags(*, optimised: bool = True) -> None:
+    """Append `compiler_flags` to XLA_FLAGS, except those that the user has set there."""
+    given = os.environ.get("XLA_FLAGS", "")
+    names = {flag.split("=")[0] for flag in given.split()}
+    chosen = [f for f in compiler_flags(optimised=optimised) if f.split("=")[0] not in names]
+    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *chosen])

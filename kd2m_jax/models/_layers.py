@@ -1,0 +1,102 @@
+"""The layers of our networks, with torch's padding and epsilon and with quick initialisers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from kd2m_jax._compat import List
+
+
+def conv(
+    in_width: int, width: int, kernel: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """Make a square convolution without bias that halves an image as torch's does."""
+    # Explicit padding: under stride 2, "SAME" pads an even image on one side only, torch on both.
+    return nnx.Conv(
+        in_width,
+        width,
+        (kernel, kernel),
+        strides=stride,
+        padding=((kernel // 2, kernel // 2), (kernel // 2, kernel // 2)),
+        use_bias=False,
+        kernel_init=_he_normal_over_outputs,
+        conv_general_dilated=_sliced_product
+        if kernel == 1 < stride
+        else jax.lax.conv_general_dilated,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def norm(width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Make a batch normalisation that computes in float32 at least."""
+    # Never in bfloat16: in eval mode nnx.BatchNorm would round its running statistics to it.
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+
+def shortcut(in_width: int, width: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
+    """Make a block's shortcut: no layer, or a 1x1 convolution and a normalisation."""
+    if stride == 1 and in_width == width:
+        return List()
+    return List([conv(in_width, width, 1, stride, dtype, rngs), norm(width, dtype, rngs)])
+
+
+def linear(fan_in: int, fan_out: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    """Make a linear layer for a ReLU to follow, He-normal over its inputs."""
+    return nnx.Linear(fan_in, fan_out, kernel_init=_he_normal, dtype=dtype, rngs=rngs)
+
+
+def head(features: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    """Make a classifier that computes in float32 at least, with the kernel of torch's Linear."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    return nnx.Linear(features, num_classes, kernel_init=_uniform, dtype=dtype, rngs=rngs)
+
+
+def _sliced_product(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Any, **options: Any
+) -> jax.Array:
+    """Apply a strided 1x1 convolution as the product of the pixels that it keeps."""
+    del padding  # there is none for a 1x1 kernel
+    # XLA's gradient of the convolution itself convolves, on a CPU in PLACEHOLDER.
+    kept = jax.lax.slice(x, (0,) * 4, x.shape, (1, *strides, 1))
+    return jnp.matmul(kept, kernel[0, 0], precision=options["precision"])
+
+
+def _quickly(draw: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Wrap a function ``(key, shape, dtype)`` of random numbers so that it compiles quickly."""
+    # PLACEHOLDER
+    compiled = jax.jit(
+        draw, static_argnums=(1, 2), compiler_options={"xla_backend_optimization_level": 1}
+    )
+
+    def drawn(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        # Within another traced function JAX refuses compiler options.
+        if isinstance(key, Tracer) or jax.default_backend() != "cpu":
+            return draw(key, shape, dtype)
+        return compiled(key, shape, dtype)
+
+    return drawn
+
+
+# Made once: flax < 0.12 has a layer's initialiser in its graph definition, by which functions
+# are compiled and students are stacked.
+_normal = _quickly(jax.random.normal)
+_he_normal = _quickly(nnx.initializers.he_normal())
+_uniform = _quickly(nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
+
+
+def _he_normal_over_outputs(
+    key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Draw what ``variance_scaling(2.0, "fan_out", "normal")`` draws, to the last digit."""
+    # The product is a program of its own, as in that function: XLA would merge its factor with
+    # one within `normal`, which changes the last digit of 40% of the weights.
+    fan_out = math.prod(shape) / shape[-2]
+    return _normal(key, shape, dtype) * jnp.sqrt(jnp.array(2.0 / fan_out, dtype))
