@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from kd2m_jax._processes import is_first as is_first
     from kd2m_jax._processes import start as start
     from kd2m_jax._processes import watched as watched
-    from kd2m_jax._torch_weights import local_file as local_file
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
     from kd2m_jax.losses._metrics import spelled as spelled
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
+    from kd2m_jax.models._torch_weights import local_file as local_file
     from kd2m_jax.networks import as_network as as_network
     from kd2m_jax.step import auto_ratio as auto_ratio
     from kd2m_jax.step import step_body as step_body
@@ -46,10 +46,10 @@ _HOMES = {
     "is_first": "_processes",
     "start": "_processes",
     "watched": "_processes",
-    "local_file": "_torch_weights",
     "did_you_mean": "losses._checks",
     "spelled": "losses._metrics",
     "KERNELS": "losses._mmd",
+    "local_file": "models._torch_weights",
     "as_network": "networks",
     "auto_ratio": "step",
     "step_body": "step",

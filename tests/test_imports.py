@@ -19,9 +19,9 @@ library = pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(
 
 # Lower may not import higher, nor its like: losses <- networks <- step <- training.
 LAYERS = [
-    ("outputs", "_log", "_batches", "_locks", "_processes"),
+    ("outputs", "_log", "_batches", "_locks", "_processes", "_compat"),
     ("losses",),
-    ("_torch_weights", "theory"),
+    ("theory",),
     ("networks", "models", "_checkpoints"),
     ("step",),
     ("parallel", "_evaluation"),
