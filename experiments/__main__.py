@@ -9,5 +9,7 @@ NAMES = ("digits", "mnist", "cifar", "svhn", "table", "tradeoff", "features", "b
 if __name__ == "__main__":
     print("python -m experiments.NAME [--help], with NAME one of\n")
     for name in NAMES:
-        text = pathlib.Path(__file__).with_name(f"{name}.py").read_text()
+        here = pathlib.Path(__file__).parent
+        file = here / name / "__main__.py" if (here / name).is_dir() else here / f"{name}.py"
+        text = file.read_text()
         print(f"{name:<10}{(ast.get_docstring(ast.parse(text)) or '').splitlines()[0]}")

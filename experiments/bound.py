@@ -13,12 +13,12 @@ from typing import Annotated
 
 import tyro
 
-from experiments._common.cli import UsageError, main
-from experiments._common.cli import _optional as optional
+from experiments.common.cli import Flags, main, optional
+from experiments.common.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Bound(Flags):
     """Which run, and how finely."""
 
     run: str
@@ -33,13 +33,14 @@ class Bound:
 
 def run(settings: Bound) -> None:
     """Train again, measure, draw."""
-    from experiments._common import bound, restore
+    from experiments.analysis import bound
+    from experiments.analysis.finished import finished
 
     for flag, value in (("--points", settings.points), ("--examples", settings.examples)):
         if value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
-    found = restore.finished(settings.run, settings.data_dir)
-    print(bound.write(settings.run, found, settings.points, settings.examples))
+    analysed = finished(settings.run, settings.data_dir)
+    print(bound.write(analysed, settings.points, settings.examples))
     print(f"\nFigure: {settings.run}/bound.png")
 
 

@@ -13,12 +13,12 @@ from typing import Annotated
 
 import tyro
 
-from experiments._common.cli import UsageError, main
-from experiments._common.cli import _optional as optional
+from experiments.common.cli import Flags, main, optional
+from experiments.common.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class Features(Flags):
     """Which run, and how many of its test images."""
 
     run: str
@@ -26,19 +26,20 @@ class Features:
     examples: int = 500
     """Test images, of at most 10 classes."""
     seed: int = 0
-    """Of t-SNE."""
+    """Random seed of t-SNE."""
     data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
     """Folder of tensorflow-datasets."""
 
 
 def run(settings: Features) -> None:
     """Restore, embed, measure."""
-    from experiments._common import features, restore
+    from experiments.analysis import features
+    from experiments.analysis.finished import finished
 
     if settings.examples < 20:
         raise UsageError(f"--examples must be at least 20, got {settings.examples}")
-    found = restore.finished(settings.run, settings.data_dir)
-    print(features.write(settings.run, found, settings.examples, settings.seed))
+    analysed = finished(settings.run, settings.data_dir)
+    print(features.write(analysed, settings.examples, settings.seed))
     print(f"\nFigure: {settings.run}/features.png")
 
 

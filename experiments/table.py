@@ -9,18 +9,19 @@ reused, so the same command continues an interrupted table.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
-from experiments._common.cli import _optional as optional
-from experiments._common.cli import main
-from experiments._common.grid import Grid
+from experiments.common.cli import Flags, main, optional
+from experiments.studies.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class Table(Flags):
     """What the table has in it."""
+
+    after_stop: ClassVar[str] = "the same command continues"
 
     dataset: tuple[str, ...] = ("digits",)
     """Columns, of digits mnist svhn cifar10 cifar100."""
@@ -33,11 +34,11 @@ class Table:
 
 def run(settings: Table) -> None:
     """Train what is missing, then write and print the table."""
-    from experiments._common import grid, table
+    from experiments.studies import grid, schedule, table, text
 
     cells = grid.cells(settings.grid, settings.dataset, settings.metrics, settings.coef)
-    sizes = grid.train(settings.grid, cells)
-    print(f"\n{table.write(settings.grid.out, cells, sizes)}\n\n{table.CAVEAT}")
+    sizes = schedule.train(settings.grid, cells)
+    print(f"\n{table.write(settings.grid.out, cells, sizes)}\n\n{text.CAVEAT}")
     print(f"\nTable: {settings.grid.out}/table.md")
 
 

@@ -8,16 +8,21 @@ from the same cells: what is finished under --out is reused. auto:RATIO tracks t
 """
 
 import dataclasses
+from typing import ClassVar
 
 import tyro
 
-from experiments._common.cli import main
-from experiments._common.grid import Grid
+from experiments.common.cli import Flags, main
+from experiments.common.errors import UsageError
+from experiments.runs.folder import ALONE
+from experiments.studies.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Tradeoff:
+class Tradeoff(Flags):
     """Which lambdas of which metric."""
+
+    after_stop: ClassVar[str] = "the same command continues"
 
     dataset: str = "digits"
     """digits, mnist, svhn, cifar10 or cifar100."""
@@ -30,18 +35,17 @@ class Tradeoff:
 
 def run(settings: Tradeoff) -> None:
     """Train what is missing, then write and print the trade-off."""
-    from experiments._common import grid, tradeoff
-    from experiments._common.cli import UsageError
+    from experiments.studies import grid, schedule, tradeoff
 
-    if settings.metric.lower() == grid.ALONE or "+" in settings.metric:
+    if settings.metric.lower() == ALONE or "+" in settings.metric:
         raise UsageError(f"--metric must be one metric, for one axis of λ: not {settings.metric}")
     if not settings.coefs:
         raise UsageError("--coefs needs a λ")
     metrics = tuple(f"{settings.metric}={coef}" for coef in settings.coefs)
     cells = grid.cells(settings.grid, (settings.dataset,), metrics)
-    if any(c.settings.distillation.coef == "0" and c.label != grid.ALONE for c in cells):
+    if any(c.settings.distillation.coef == "0" and c.label != ALONE for c in cells):
         raise UsageError("--coefs must be > 0, for a logarithmic axis: the student alone is 0")
-    grid.train(settings.grid, cells, together=True)
+    schedule.train(settings.grid, cells, together=True)
     name = f"tradeoff-{settings.dataset}-{settings.metric}".replace(":", "-")
     title = f"{settings.dataset}: {settings.metric} against λ"
     print(f"\n{tradeoff.write(settings.grid.out, cells, title, name)}")

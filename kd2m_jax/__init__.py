@@ -11,43 +11,47 @@ if TYPE_CHECKING:
     from kd2m_jax import losses as losses
     from kd2m_jax import models as models
     from kd2m_jax import theory as theory
-    from kd2m_jax.networks import Network as Network
-    from kd2m_jax.networks import from_linen as from_linen
-    from kd2m_jax.networks import from_nnx as from_nnx
-    from kd2m_jax.networks import projected as projected
+    from kd2m_jax.adapters import Network as Network
+    from kd2m_jax.adapters import from_linen as from_linen
+    from kd2m_jax.adapters import from_nnx as from_nnx
+    from kd2m_jax.adapters import projected as projected
+    from kd2m_jax.errors import CheckpointError as CheckpointError
+    from kd2m_jax.errors import NonFiniteLoss as NonFiniteLoss
+    from kd2m_jax.errors import Stopped as Stopped
     from kd2m_jax.outputs import Outputs as Outputs
-    from kd2m_jax.parallel import pmap_step as pmap_step
-    from kd2m_jax.parallel import shard_map_step as shard_map_step
-    from kd2m_jax.step import TrainState as TrainState
-    from kd2m_jax.step import init_state as init_state
-    from kd2m_jax.step import make_eval_step as make_eval_step
-    from kd2m_jax.step import make_train_step as make_train_step
-    from kd2m_jax.training import CheckpointError as CheckpointError
     from kd2m_jax.training import FitResult as FitResult
-    from kd2m_jax.training import NonFiniteLoss as NonFiniteLoss
-    from kd2m_jax.training import Stopped as Stopped
+    from kd2m_jax.training import TrainState as TrainState
     from kd2m_jax.training import fit as fit
+    from kd2m_jax.training import init_state as init_state
+    from kd2m_jax.training import make_eval_step as make_eval_step
+    from kd2m_jax.training import make_train_step as make_train_step
+    from kd2m_jax.training import pmap_step as pmap_step
+    from kd2m_jax.training import restore as restore
+    from kd2m_jax.training import shard_map_step as shard_map_step
 
 __version__ = "0.1.0"
+# Where the project is published: empty as long as it is nowhere. Nothing else names an address.
+__url__ = ""
 
 _MODULES = ("losses", "models", "theory")
 _HOMES = {
-    "Network": "networks",
+    "Network": "adapters",
     "Outputs": "outputs",
-    "TrainState": "step",
-    "CheckpointError": "training",
+    "TrainState": "training",
+    "CheckpointError": "errors",
     "FitResult": "training",
-    "NonFiniteLoss": "training",
-    "Stopped": "training",
+    "NonFiniteLoss": "errors",
+    "Stopped": "errors",
     "fit": "training",
-    "from_linen": "networks",
-    "from_nnx": "networks",
-    "init_state": "step",
-    "make_eval_step": "step",
-    "make_train_step": "step",
-    "pmap_step": "parallel",
-    "projected": "networks",
-    "shard_map_step": "parallel",
+    "from_linen": "adapters",
+    "from_nnx": "adapters",
+    "init_state": "training",
+    "make_eval_step": "training",
+    "make_train_step": "training",
+    "pmap_step": "training",
+    "projected": "adapters",
+    "restore": "training",
+    "shard_map_step": "training",
 }
 __all__ = sorted([*_MODULES, *_HOMES])  # pyright: ignore[reportUnsupportedDunderAll]
 

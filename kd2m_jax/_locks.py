@@ -7,35 +7,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+from kd2m_jax.errors import CheckpointError
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that is another process's or another run's, or cannot be written.
-
-    `fit` raises it before the first step; nothing in the folder is changed.
-
-    Example:
-      >>> from kd2m_jax import CheckpointError
-      >>> issubclass(CheckpointError, ValueError)
-      True
-    """
-
-
-class Stopped(SystemExit):
-    """SIGTERM came: the step was finished and saved. The same call, or --resume, continues.
-
-    `fit` raises it where it has a checkpoint folder. A program that does not catch it ends with
-    the status 143 that the shell expects after SIGTERM.
-
-    Example:
-      >>> from kd2m_jax import Stopped
-      >>> Stopped(143).code, issubclass(Stopped, SystemExit)
-      (143, True)
-    """
 
 
 @contextlib.contextmanager
@@ -74,14 +51,25 @@ def locked(file: pathlib.Path, *, waiting: Callable[[str], object] | None = None
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGTERM has come, which meanwhile does not end the process."""
-    came = threading.Event()
+def stop_requests() -> Iterator[Callable[[], int | None]]:
+    """Yield a function that returns the number of the signal that asked to stop, or None.
+
+    SIGTERM and Ctrl-C (SIGINT) meanwhile do not end the process. A second Ctrl-C raises
+    KeyboardInterrupt wherever the process is.
+    """
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # signals go to that one alone
-        yield came.is_set
+        yield lambda: None
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+
+    def remember(number: int, frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came.is_set
+        yield lambda: came[0] if came else None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

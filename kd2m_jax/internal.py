@@ -7,52 +7,62 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kd2m_jax._batches import Batches as Batches
-    from kd2m_jax._batches import steps_per_call as steps_per_call
-    from kd2m_jax._batches import steps_per_epoch as steps_per_epoch
-    from kd2m_jax._checkpoints import Checkpoints as Checkpoints
     from kd2m_jax._compiler import compiler_flags as compiler_flags
     from kd2m_jax._compiler import set_compiler_flags as set_compiler_flags
     from kd2m_jax._locks import locked as locked
-    from kd2m_jax._processes import ProcessLost as ProcessLost
-    from kd2m_jax._processes import after_first as after_first
-    from kd2m_jax._processes import by_first as by_first
-    from kd2m_jax._processes import gathered as gathered
-    from kd2m_jax._processes import held_by_first as held_by_first
-    from kd2m_jax._processes import is_first as is_first
-    from kd2m_jax._processes import start as start
-    from kd2m_jax._processes import watched as watched
+    from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
+    from kd2m_jax.losses._gaussian import polar_by_products as polar_by_products
+    from kd2m_jax.losses._gaussian import polar_by_svd as polar_by_svd
+    from kd2m_jax.losses._gaussian import tolerance as tolerance
     from kd2m_jax.losses._metrics import spelled as spelled
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
     from kd2m_jax.models._torch_weights import local_file as local_file
-    from kd2m_jax.networks import as_network as as_network
-    from kd2m_jax.step import auto_ratio as auto_ratio
-    from kd2m_jax.step import step_body as step_body
+    from kd2m_jax.training._auto_coef import auto_ratio as auto_ratio
+    from kd2m_jax.training._batches import Batches as Batches
+    from kd2m_jax.training._batches import steps_per_call as steps_per_call
+    from kd2m_jax.training._batches import steps_per_epoch as steps_per_epoch
+    from kd2m_jax.training._checkpoints import Checkpoints as Checkpoints
+    from kd2m_jax.training._processes import ProcessLost as ProcessLost
+    from kd2m_jax.training._processes import after_first as after_first
+    from kd2m_jax.training._processes import by_first as by_first
+    from kd2m_jax.training._processes import gathered as gathered
+    from kd2m_jax.training._processes import held_by_first as held_by_first
+    from kd2m_jax.training._processes import is_first as is_first
+    from kd2m_jax.training._processes import start as start
+    from kd2m_jax.training._processes import watched as watched
+    from kd2m_jax.training._progress import Progress as Progress
+    from kd2m_jax.training._records import Records as Records
+    from kd2m_jax.training._step import step_body as step_body
 
 _HOMES = {
-    "Batches": "_batches",
-    "steps_per_call": "_batches",
-    "steps_per_epoch": "_batches",
-    "Checkpoints": "_checkpoints",
+    "Batches": "training._batches",
+    "steps_per_call": "training._batches",
+    "steps_per_epoch": "training._batches",
+    "Checkpoints": "training._checkpoints",
     "compiler_flags": "_compiler",
     "set_compiler_flags": "_compiler",
     "locked": "_locks",
-    "ProcessLost": "_processes",
-    "after_first": "_processes",
-    "by_first": "_processes",
-    "gathered": "_processes",
-    "held_by_first": "_processes",
-    "is_first": "_processes",
-    "start": "_processes",
-    "watched": "_processes",
+    "ProcessLost": "training._processes",
+    "after_first": "training._processes",
+    "by_first": "training._processes",
+    "gathered": "training._processes",
+    "held_by_first": "training._processes",
+    "is_first": "training._processes",
+    "start": "training._processes",
+    "watched": "training._processes",
+    "Progress": "training._progress",
+    "Records": "training._records",
+    "local_file": "models._torch_weights",
     "did_you_mean": "losses._checks",
+    "polar_by_products": "losses._gaussian",
+    "polar_by_svd": "losses._gaussian",
+    "tolerance": "losses._gaussian",
     "spelled": "losses._metrics",
     "KERNELS": "losses._mmd",
-    "local_file": "models._torch_weights",
-    "as_network": "networks",
-    "auto_ratio": "step",
-    "step_body": "step",
+    "as_network": "adapters",
+    "auto_ratio": "training._auto_coef",
+    "step_body": "training._step",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

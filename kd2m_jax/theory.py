@@ -38,7 +38,7 @@ class Bound(NamedTuple):
 
 @loss
 def bound(z_s: ArrayLike, z_t: ArrayLike, *, bandwidth: float) -> Bound:
-    r"""The chain of the theorem, ``|R_S(loss) - R_T(loss)| <= W <= L2``, on one batch.
+    r"""Measure the theorem's chain ``|R_S(loss) - R_T(loss)| <= W <= L2`` on one batch.
 
     It holds for losses of unit norm in the Hilbert space H of a bounded kernel, here
     ``k(x, y) = exp(-||x - y||^2 / (2 bandwidth^2)) = <phi(x), phi(y)>``, and reads

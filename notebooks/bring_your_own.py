@@ -335,7 +335,7 @@ plt.show()
 
 # %%
 def torch_state_dict(resnet):
-    """The arrays of one of our ResNets as torchvision names and lays them out."""
+    """Return the arrays of one of our ResNets as torchvision names and lays them out."""
     leaves = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
     state = {}
     for route, variable in nnx.iter_graph(resnet):
@@ -350,7 +350,7 @@ def torch_state_dict(resnet):
 
 
 def write_pth(path, state):
-    """A zip of the values, and of a pickle that says how torch makes tensors of them."""
+    """Write a zip of the values, and of a pickle that says how torch makes tensors of them."""
 
     def value(thing):
         return pickle.dumps(thing, 2)[2:-1]  # without its frame

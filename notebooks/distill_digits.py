@@ -83,7 +83,7 @@ plt.close(figure)  # or it would be shown a second time
 
 
 def curves(name):
-    """A callback that draws a training as it goes."""
+    """Make a callback that draws a training as it goes."""
     epochs, accuracies, distances = [], [], []
     (accuracy_line,) = left.plot([], [], c=COLOURS[name], label=name)
     (distance_line,) = right.plot([], [], c=COLOURS[name])

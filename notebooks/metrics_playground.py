@@ -86,7 +86,7 @@ h_s, h_t = nearest_mean(z_s, labels), nearest_mean(z_t, labels)
 
 
 def scatter(axis, z_s, z_t, labels=labels, title=""):
-    """The teacher's points as discs, the student's as triangles, coloured by class."""
+    """Draw the teacher's points as discs, the student's as triangles, coloured by class."""
     for y, colour in enumerate(COLOURS):
         axis.scatter(*z_t[labels == y].T, c=colour, s=26, alpha=0.45, linewidth=0)
         style = {"marker": "^", "edgecolor": "k", "linewidth": 0.5, "zorder": 2}
@@ -139,7 +139,7 @@ plt.show()
 
 # %%
 def draw_coupling(axis, coupling, z_s, z_t, labels=labels, tint=1.0):
-    """A line a pair, the darker the more mass; black within a class, pink across classes."""
+    """Draw one line per pair, the darker the more mass; black within a class, pink across."""
     coupling = np.asarray(coupling)
     for i, j in zip(*np.nonzero(coupling > 0.05 * coupling.max()), strict=True):
         colour = "k" if labels[i] == labels[j] else "#CC79A7"
@@ -158,7 +158,7 @@ def draw_ellipse(axis, z, colour, **style):
 
 
 def within_class(coupling, labels=labels):
-    """The share of the mass that stays in its class."""
+    """Return the share of the mass that stays in its class."""
     return float(jnp.sum(jnp.where(labels[:, None] == labels[None, :], coupling, 0)))
 
 
@@ -224,7 +224,7 @@ def distance(name, **options):
 
 
 def flow(name, steps=150):
-    """The path of the student's cloud, `[steps + 1, n, 2]`: gradient descent on D alone."""
+    """Return the path of the student's cloud, `[steps + 1, n, 2]`: gradient descent on D alone."""
     gradient = jax.grad(distance(name))
     step_size = STEP_SIZES.get(name, 0.05)
 
@@ -239,7 +239,7 @@ def flow(name, steps=150):
 
 
 def draw_arrows(axis, z, step):
-    """An arrow a point, the longest of length 1.5."""
+    """Draw one arrow per point, the longest of length 1.5."""
     step = 1.5 * step / jnp.linalg.norm(step, axis=1).max()
     style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.006, "color": "k"}
     axis.quiver(*z.T, *step.T, **style)

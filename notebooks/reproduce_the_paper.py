@@ -165,7 +165,7 @@ def write_run(metric, coef, seed, accuracies):
 
 
 def finished_runs():
-    """The folders of finished runs, however deep, without those that a later run has set aside."""
+    """Find the folders of finished runs, however deep, without those that were set aside."""
     folders = sorted(path.parent for path in RUNS.rglob("report.md"))
     return [f for f in folders if "previous-" not in str(f) and (f / "config.json").exists()]
 
@@ -194,7 +194,7 @@ print((finished_runs()[0] / "metrics.jsonl").read_text().splitlines()[-1])
 
 # %%
 def read_run(folder):
-    """The configuration of a run, and the last test accuracy of each phase, in percent."""
+    """Read a run's configuration, and the last test accuracy of each phase, in percent."""
     config = json.loads((folder / "config.json").read_text())
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     last = {line["phase"]: 100 * line["test_accuracy"] for line in lines if "test_accuracy" in line}
@@ -208,7 +208,7 @@ def setting_of(config):
 
 
 def weights(config):
-    """What a row is called beside its metric: λ of each term, and another weight of the labels."""
+    """Name what a row has beside its metric: λ of each term, and another weight of the labels."""
     coefs = ",".join(c if isinstance(c, str) else f"{c:g}" for c in config["coef"])
     labels = config.get("task_coef", 1)
     return coefs if labels == 1 else f"{coefs}; labels {labels:g}"
@@ -318,7 +318,7 @@ bandwidth = float(jnp.median(jnp.linalg.norm(z_t[:, None] - z_t[None, :], axis=-
 
 
 def chain(metric, i):
-    """The bound between the first teacher and its student for the i-th λ of a metric."""
+    """Measure the bound between the first teacher and its student for a metric's i-th λ."""
     params = jax.tree.map(lambda a: a[0, i], students[metric][0])
     return theory.bound(forward(params, batch).features, z_t, bandwidth=bandwidth)
 

@@ -1,6 +1,7 @@
 """Settings that must stand before JAX starts: the CPU, seen as four devices."""
 
 import os
+import pathlib
 import tempfile
 
 from kd2m_jax.internal import set_compiler_flags
@@ -11,8 +12,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 set_compiler_flags(optimised=False)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Only after the import: for the experiments that tests start as processes of their own, which
 # would keep their programs in the user's home.
@@ -23,11 +24,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Of the 65,530 pieces of memory that Linux lets a process map. Each compiled program maps some.
+MOST_MAPS = 30_000
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Unload a module's compiled programs: each maps memory, of which Linux grants 65,530 pieces.
-
-    With those of some 500 tests in one process the next one to be compiled ends it.
-    """
+    """Unload compiled programs after a module that leaves many: the limit ends the process."""
     yield
-    jax.clear_caches()
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()

@@ -11,8 +11,9 @@ import time
 
 import pytest
 
-from experiments._common.cli import Run, Settings, UsageError, check
-from experiments._common.folder import read_metrics
+from experiments.common.errors import UsageError
+from experiments.runs.folder import read_metrics
+from experiments.runs.settings import Run, Settings, check
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUN = [sys.executable, "-m", "experiments.digits", "--teacher=mlp-32-16", "--student=mlp-8-16"]
@@ -62,7 +63,7 @@ def assert_same(out, expected):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process of four devices writes."""
+    """Return what one process of four devices writes."""
     out = tmp_path_factory.mktemp("alone") / "run"
     [(status, _, errors)] = finish([start(out, 4)])
     assert status == 0, errors

@@ -27,7 +27,7 @@ RESULTS = {"Bound", "LossTerms", "MetricInfo", "Metric", "MetricSum", "Transport
 
 
 def public():
-    """The functions, classes and constructors that users call, each once."""
+    """Yield the functions, classes and constructors that users call, each once."""
     seen = set()
     for module in filter(importlib.util.find_spec, MODULES):
         home = importlib.import_module(module)
@@ -58,7 +58,7 @@ def made_by(thing):
 
 
 def lacks(name, thing):
-    """What a public name's docstring does not say."""
+    """Return what a public name's docstring does not say."""
     doc = inspect.getdoc(thing) or ""
     found, what = sections(doc), kind(thing)
     first = doc.split("\n", 1)[0]
@@ -91,7 +91,7 @@ def test_docstring(name, thing):
 
 def test_a_docstring_without_one_of_them_is_noticed():
     def bare(z_s):
-        """It is a loss."""
+        """Stand for a loss."""
 
     assert lacks("bare", bare) == [
         "shapes", "each argument", "what it returns", "errors", "an example"

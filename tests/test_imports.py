@@ -1,4 +1,4 @@
-"""What may import what: losses know nothing of flax, the library nothing of experiments."""
+"""What may import what, and how long a module and a function may be."""
 
 import ast
 import pathlib
@@ -17,17 +17,25 @@ MODULES = {
 }
 library = pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("kd2m_jax")])
 
-# Lower may not import higher, nor its like: losses <- networks <- step <- training.
+# Lower may not import higher, nor its like: losses <- adapters <- training.
 LAYERS = [
-    ("outputs", "_log", "_batches", "_locks", "_processes", "_compat"),
-    ("losses",),
-    ("theory",),
-    ("networks", "models", "_checkpoints"),
-    ("step",),
-    ("parallel", "_evaluation"),
+    ("outputs", "errors", "_compat", "_compiler"),
+    ("losses", "_locks"),
+    ("theory", "adapters", "models"),
     ("training",),
+    ("internal",),
 ]
-SHELL_ONLY = {"tyro", "tensorflow_datasets", "tensorflow", "matplotlib", "tqdm", "tensorboardX"}
+# The floors of kd2m_jax.training, likewise.
+FLOORS = [
+    ("_processes", "_programs", "_auto_coef", "_records", "_batches"),
+    ("_step", "_checkpoints"),
+    ("_parallel", "_evaluation"),
+    ("_plan",),
+    ("_progress", "_session"),
+    ("_fit",),
+    ("_restore",),
+]
+SHELL_ONLY = {"tyro", "tensorflow_datasets", "tensorflow", "matplotlib", "tensorboardX"}
 
 
 def imported(module):
@@ -65,6 +73,19 @@ def test_the_library_imports_in_one_direction(module):
             assert layer(name) < layer(module), f"{module} imports {name}"
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("kd2m_jax.training._")])
+def test_training_stands_on_lower_floors(module):
+    def floor(name):
+        return next(i for i, names in enumerate(FLOORS) if name.split(".")[2] in names)
+
+    if module.endswith("__init__"):
+        return
+    inner = {n for n in imported(module) if n.count(".") >= 2 and n.startswith("kd2m_jax.training")}
+    for name in inner:
+        same = name.split(".")[2] == module.split(".")[2]
+        assert same or floor(name) < floor(module), f"{module} imports {name}"
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("kd2m_jax.losses")])
 def test_losses_are_arrays_and_nothing_else(module):
     assert packages(module).isdisjoint({"flax", "orbax", "chex"})
@@ -73,24 +94,241 @@ def test_losses_are_arrays_and_nothing_else(module):
     assert [name for name in ours if not name.startswith(allowed)] == []
 
 
-NO_JAX = ["report", "folder", "cli", "table", "tradeoff", "intervals", "figures", "provenance"]
+# The rooms of the experiments: lower may not import higher, nor a room of its own height.
+ROOMS = [
+    ("common",),
+    ("data",),
+    ("runs",),
+    ("digits", "mnist", "cifar", "svhn"),
+    ("analysis", "studies", "bench"),
+    ("table", "tradeoff", "features", "bound", "__main__", "__init__"),
+]
+
+
+def room(module):
+    """The name of the room, or of the main, that a module of the experiments is in."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "experiments" and len(parts) > 1 else None
+
+
+def height(name):
+    return next(i for i, rooms in enumerate(ROOMS) if name in rooms)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("experiments")])
+def test_a_room_stands_on_lower_ones(module):
+    assert imports_above(module, imported(module)) == []
+
+
+def imports_above(module, names):
+    """The imports of a module that lead to a room that is not lower than its own."""
+    own = room(module)
+    others = {name for name in names if room(name) not in (None, own)}
+    return sorted(name for name in others if height(room(name)) >= height(own))
+
+
+def test_an_import_of_a_higher_room_is_noticed():
+    assert imports_above("experiments.data.load", ["experiments.runs.build"]) != []
+    assert imports_above("experiments.studies.grid", ["experiments.analysis.bound"]) != []
+    assert imports_above("experiments.studies.grid", ["experiments.digits"]) == []
+
+
+def needed_at_run_time(tree):
+    """All nodes but those under ``if TYPE_CHECKING``; imports inside functions are among them."""
+    for node in ast.iter_child_nodes(tree):
+        checked = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        children = node.orelse if checked else [node]
+        for child in children:
+            yield child
+            yield from needed_at_run_time(child)
+
+
+def graph(sources):
+    """Which modules each module imports, of those that there are sources of."""
+    names = {name.removesuffix(".__init__") for name in sources}
+    edges = {}
+    for module, source in sources.items():
+        found = set()
+        for node in needed_at_run_time(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    one = f"{node.module}.{alias.name}"
+                    found.add(one if one in names else node.module)
+        edges[module.removesuffix(".__init__")] = found & names
+    return edges
+
+
+def circle(edges):
+    """One circle of imports, as a list of modules; empty where there is none."""
+    done = set()
+
+    def walk(module, path):
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for other in sorted(edges[module]):
+            if found := walk(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(edges) if (found := walk(module, []))), [])
+
+
+def test_there_is_no_circle_of_imports():
+    assert circle(graph({name: path.read_text() for name, path in MODULES.items()})) == []
+
+
+def test_a_circle_of_imports_is_noticed():
+    first = "def f():\n    from p import b\n"  # inside a function, too
+    assert circle(graph({"p.a": first, "p.b": "import p.a"})) == ["p.a", "p.b"]
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.b import c\n"
+    assert circle(graph({"p.a": typed, "p.b": "import p.a"})) == []
+    assert circle(graph({"p.a": typed + "else:\n    import p.b", "p.b": "import p.a"})) != []
+
+
+def test_own_modules_are_imported_openly():
+    """Those that resolve the library's names lazily say them to type checkers too."""
+    by_name = [m for m, path in MODULES.items() if "import_module" in path.read_text()]
+    lazy = ["kd2m_jax.__init__", "kd2m_jax.internal", "kd2m_jax.training.__init__"]
+    assert sorted(by_name) == lazy
+
+
+def crossings(module, source):
+    """The private names that a module takes from another package of ours.
+
+    From the library to the experiments or back, and from one module of the experiments to another.
+    """
+    tree, ours, found = ast.parse(source), {}, []
+    package = module.split(".")[0]
+
+    def crosses(name):
+        other = name.split(".")[0]
+        return other != package or (package == "experiments" and name != module)
+
+    def private(name):
+        return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            home = getattr(node, "module", None)
+            for alias in node.names:
+                name = f"{home}.{alias.name}" if home else alias.name
+                if name.split(".")[0] in ("kd2m_jax", "experiments"):
+                    ours[alias.asname or alias.name.split(".")[0]] = name
+                    if private(name) and crosses(home or name):
+                        found.append(name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            base = node.value
+            while isinstance(base, ast.Attribute):
+                base = base.value
+            if isinstance(base, ast.Name) and base.id in ours and crosses(ours[base.id]):
+                found.append(f"{ours[base.id]}: {node.attr}")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_private_name_crosses_the_border(module):
+    assert crossings(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("from kd2m_jax._locks import locked", 1),
+        ("from kd2m_jax.losses import _gaussian", 1),
+        ("from kd2m_jax import losses\nlosses._metrics.spelled", 1),
+        ("import kd2m_jax._locks", 1),
+        ("from experiments.runs.build import _metric", 1),
+        ("from experiments.runs import build\nbuild._metric", 1),
+        ("import kd2m_jax\nkd2m_jax.__version__", 0),
+        ("from kd2m_jax.internal import locked", 0),
+        ("import tqdm\ntqdm._lock", 0),
+    ],
+)
+def test_a_private_name_that_crosses_is_noticed(source, count):
+    assert len(crossings("experiments.runs.train", source)) == count
+
+
+NO_JAX = [m for m in MODULES if m.startswith("experiments.common.")]
+NO_JAX += ["experiments.data.specs", "experiments.data.load"]
+NO_JAX += [f"experiments.runs.{m}" for m in ("settings", "configuration", "folder", "report")]
+NO_JAX += [
+    f"experiments.studies.{m}"
+    for m in ("grid", "intervals", "provenance", "table", "text", "latex", "tradeoff")
+]
 
 
 @pytest.mark.parametrize("module", NO_JAX)
 def test_a_report_needs_no_jax(module):
-    assert packages(f"experiments._common.{module}").isdisjoint({"jax", "flax", "optax", "orbax"})
-    assert "jax" not in loaded(f"import experiments._common.{module}")
+    assert packages(module).isdisjoint({"jax", "flax", "optax", "orbax"})
+    assert "jax" not in loaded(f"import {module.removesuffix('.__init__')}")
+
+
+PACKAGES = [m for m in MODULES if m.startswith("experiments.") and m.endswith(".__init__")]
+
+
+@pytest.mark.parametrize("module", PACKAGES)
+def test_a_room_loads_nothing_by_itself(module):
+    assert list(imported(module)) == []
+
+
+# Three exceptions are allowed. The signature of fit alone has 25 lines.
+LONG = {"kd2m_jax.training._fit.fit"}
+
+
+def functions(tree, prefix=""):
+    """Every function, with its dotted name, and methods and inner functions too."""
+    for node in ast.iter_child_nodes(tree):
+        name = f"{prefix}{getattr(node, 'name', '')}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, node
+        inner = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        yield from functions(node, f"{name}." if inner else prefix)
+
+
+def length(function):
+    """The lines of a function, without its docstring."""
+    first = function.body[0]
+    has_docstring = ast.get_docstring(function, clean=False) is not None
+    docstring = first.end_lineno - first.lineno + 1 if has_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def parameters(function):
+    a = function.args
+    return len([*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))])
 
 
 def test_sizes():
     lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
     assert {module: n for module, n in lines.items() if n > 400} == {}
-    mains = {m: n for m, n in lines.items() if m.startswith("experiments") and "_common" not in m}
+    mains = {m: n for m, n in lines.items() if m.startswith("experiments") and m.count(".") == 1}
+    mains["experiments.bench.__main__"] = lines["experiments.bench.__main__"]
     assert {module: n for module, n in mains.items() if n > 60} == {}
+    every = {
+        f"{module}.{name}": function
+        for module, path in MODULES.items()
+        for name, function in functions(ast.parse(path.read_text()))
+    }
+    long = {name: length(function) for name, function in every.items() if length(function) > 60}
+    assert long.keys() == LONG and len(LONG) <= 3, long
+    private = {n: f for n, f in every.items() if f.name[0] == "_" and not f.name.startswith("__")}
+    assert {n: parameters(f) for n, f in private.items() if parameters(f) > 10} == {}
+
+
+def test_lengths_do_not_count_docstrings():
+    code = 'class A:\n  def f(self, a, *b, c, **d):\n    """One.\n\n    Two."""\n    return a\n'
+    [(name, function)] = functions(ast.parse(code))
+    assert (name, length(function), parameters(function)) == ("A.f", 2, 5)
 
 
 def loaded(code):
-    """The top-level packages that are loaded after some code has run in a fresh interpreter."""
+    """Return the top-level packages that code loads in a fresh interpreter."""
     report = "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
     command = [sys.executable, "-W", "ignore", "-c", code + report]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

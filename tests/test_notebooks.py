@@ -183,7 +183,7 @@ def test_it_runs_in_time_and_makes_a_figure(name, tmp_path):
 
 
 def small(png):
-    """A PNG in base64 with 256 colours: a third of the bytes for line art."""
+    """Encode a PNG in base64 with 256 colours: a third of the bytes for line art."""
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     image.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG", optimize=True)

@@ -45,7 +45,7 @@ def test_the_metrics_table_is_the_catalogue():
 
 
 def experiment_commands():
-    """What follows ``python`` in every experiment command of the README."""
+    """Return what follows ``python`` in every experiment command of the README."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     found = [line.partition("python -m experiments.")[2] for line in lines]
     return sorted({"experiments." + rest for rest in found if rest})

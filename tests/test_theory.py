@@ -19,7 +19,7 @@ def test_values(kind, bandwidth):
 
 
 def assert_ordered(chain, *, lipschitz, slack=3e-4):
-    """The root of float32's rounding is what a distance near 0 in H may be off by."""
+    """Allow the root of float32's rounding, which a distance near 0 in H may be off by."""
     gap, w, l2, mmd, euclidean_w2, euclidean_l2 = map(float, chain)
     assert np.isfinite(chain).all()
     np.testing.assert_allclose(gap, mmd, rtol=1e-3, atol=slack)

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -12,9 +12,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 F = TypeVar("F", bound=Callable)
+T = TypeVar("T")
 
 # Traced although keyword-only; every other keyword-only parameter of a loss is static.
-_TRACED = ("key", "class_cost")
+TRACED = ("key", "class_cost")
 
 
 def loss(fn: F) -> F:
@@ -25,38 +26,103 @@ def loss(fn: F) -> F:
     options = [
         name
         for name, p in inspect.signature(fn).parameters.items()
-        if p.kind is p.KEYWORD_ONLY and name not in _TRACED
+        if p.kind is p.KEYWORD_ONLY and name not in TRACED
     ]
-    compiled = jax.jit(fn, static_argnames=options)
+
+    positions = list(inspect.signature(fn).parameters)
+
+    @functools.wraps(fn)
+    def on_whole_arrays(*args, **kwargs):
+        chosen = {name: value for name, value in kwargs.items() if name in options}
+        arrays = {name: value for name, value in kwargs.items() if name not in options}
+        args, arrays = jax.tree.map(replicated, (args, arrays))
+        return fn(*args, **arrays, **chosen)
+
+    compiled = jax.jit(on_whole_arrays, static_argnames=options)
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
-        for name in options:
-            value = kwargs.get(name)
-            if isinstance(value, jax.core.Tracer):
-                raise TypeError(
-                    f"{name} is a static option: pass a Python number, not a traced one"
-                )
-            if isinstance(value, jax.Array):  # a concrete 0-d array is as good as a number
-                kwargs[name] = value.item()
-        return compiled(*args, **kwargs)
+        kwargs |= {name: static(name, kwargs[name]) for name in options if name in kwargs}
+        if "labels" in positions:  # before JAX narrows what NumPy holds
+            at = positions.index("labels")
+            if at < len(args):
+                args = (*args[:at], integer_labels(args[at]), *args[at + 1 :])
+            elif kwargs.get("labels") is not None:
+                kwargs["labels"] = integer_labels(kwargs["labels"])
+        with jax.numpy_dtype_promotion("standard"):  # ott-jax relies on it, whatever the caller set
+            return compiled(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
+def replicated(x: ArrayLike) -> jax.Array:
+    """The whole array on every device of an explicit mesh; any other array as it is.
+
+    A loss compares all rows with all rows, so whatever axis the batch is split along, it needs
+    them together. Explicit meshes leave that choice to the program.
+    """
+    x = jnp.asarray(x)
+    mesh = jax.typeof(x).sharding.mesh
+    if not mesh.explicit_axes:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def varying(tree: T, like: jax.Array) -> T:
+    """Constants typed as what a loop or a branch computes from ``like``, for `jax.shard_map`.
+
+    Its default checks tell apart what varies over a mesh axis from what does not, and a loop must
+    start with the types that it ends with. XLA removes the choice between two equal values.
+    """
+    never = jnp.zeros_like(like, shape=(), dtype=bool)  # varies as ``like`` does
+    return jax.tree.map(lambda x: jnp.where(never, x, x), tree)
+
+
+def static(name: str, value: Any) -> Any:
+    """An option as Python has it: arrays of one number as a number, lists and arrays as tuples."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} is a static option: pass a Python number, not a traced one")
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(static(name, item) for item in value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    # JAX takes no integer of more than 64 bits.
+    return float(value) if whole and 2**31 <= abs(value) < 2**1023 else value
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, however long it is."""
+    try:
+        text = str(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:30]}... ({len(text)} characters)"
+
+
 def number(name: str, value: float, *, positive: bool = True) -> float:
-    """Raise ValueError unless value is a positive (or, on request, non-negative) finite number."""
-    if isinstance(value, bool | tuple) or value is None or value == float("inf"):
-        raise ValueError(f"{name} must be a finite number, got {value}")
+    """Raise ValueError unless value is a positive (or, on request, non-negative) finite number.
+
+    It must be one that float32 holds, or an infinity or a zero would take its place unseen.
+    """
+    numeric = isinstance(value, int | float | np.number | str) and not isinstance(value, bool)
+    if not numeric or value == float("inf"):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}")
     if isinstance(value, str) or not (value > 0 or (not positive and value == 0)):
-        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value}")
+        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {shown(value)}")
+    limits = np.finfo(np.float32)
+    if value != 0 and not float(limits.tiny) <= value <= float(limits.max):
+        raise ValueError(
+            f"{name} must be a number that float32 holds, {limits.tiny:.1e} to {limits.max:.1e}, "
+            f"got {shown(value)}"
+        )
     return value
 
 
 def flag(name: str, value: bool) -> bool:
     """Raise ValueError unless value is True or False: any other word would count as true."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} must be true or false, got {value}")
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
     return bool(value)
 
 
@@ -64,14 +130,16 @@ def integer(name: str, value: int) -> int:
     """Raise ValueError unless value is an integer >= 1."""
     numeric = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not numeric or value % 1 != 0 or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        raise ValueError(f"{name} must be an integer >= 1, got {shown(value)}")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2^31, got {shown(value)}")
     return int(value)
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     """Raise ValueError, with the nearest allowed name, unless value is one of them."""
     if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}: {did_you_mean(value, allowed)}")
+        raise ValueError(f"unknown {name} {shown(repr(value))}: {did_you_mean(value, allowed)}")
     return value
 
 
@@ -79,7 +147,7 @@ def did_you_mean(name: str, allowed) -> str:
     """Half a sentence that leads from a wrong name to the right ones."""
     import difflib
 
-    near = difflib.get_close_matches(str(name), list(allowed), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name)[:60], list(allowed), n=3, cutoff=0.5)
     known = f"known are {', '.join(allowed)}"
     return f"did you mean {' or '.join(near)}? ({known})" if near else known
 
@@ -120,15 +188,49 @@ def clouds(z_s: ArrayLike, z_t: ArrayLike, *, paired: bool = False) -> tuple[jax
 
 def class_labels(labels: ArrayLike, n: int) -> jax.Array:
     """Integer labels ``[n]``."""
-    given, labels = getattr(labels, "dtype", None), jnp.asarray(labels)
-    one_hot = "one-hot ones become numbers by labels.argmax(-1)"
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        hint = one_hot if labels.ndim == 2 else "use labels.astype(int)"
-        raise TypeError(f"labels must be integers, got {given or labels.dtype}: {hint}")
+    labels = integer_labels(labels)
     if labels.shape != (n,):
-        hint = f": {one_hot}" if labels.ndim == 2 else ""
-        raise ValueError(f"labels must have shape [{n}], got {list(labels.shape)}{hint}")
+        raise ValueError(
+            f"labels must have shape [{n}], got {list(labels.shape)}{_as_numbers(labels.shape)}"
+        )
     return labels
+
+
+def integer_labels(labels: ArrayLike) -> jax.Array:
+    """Labels of any shape as JAX's integers, refused where JAX would change their values."""
+    held_by_jax = isinstance(labels, jax.Array) or hasattr(labels, "__jax_array__")
+    labels = jnp.asarray(labels) if held_by_jax else np.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        # astype(int) would make classes of fractions, so it is no advice for them.
+        hint = _as_numbers(labels.shape) or ": class numbers are whole, make them so by astype(int)"
+        if isinstance(labels, np.ndarray) and labels.dtype.kind == "f" and np.any(labels % 1 != 0):
+            hint = ": mixed labels (fractions) are not supported" + _as_numbers(labels.shape)
+        raise TypeError(f"labels must be integers, got {labels.dtype}{hint}")
+    limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
+    if isinstance(labels, np.ndarray) and labels.size:
+        least, largest = labels.min(), labels.max()
+        if least < limits.min or largest > limits.max:
+            raise ValueError(
+                f"labels from {least} to {largest} do not fit into {limits.bits} bits: number the "
+                "data set's classes from 0 (numpy.unique(labels, return_inverse=True)[1])"
+            )
+    return jnp.asarray(labels)
+
+
+def _as_numbers(shape: tuple[int, ...]) -> str:
+    """How labels of two axes become numbers: a column is one already, one-hot rows are not."""
+    if len(shape) != 2:
+        return ""
+    return ": take labels[:, 0]" if shape[1] == 1 else ": one-hot rows by labels.argmax(-1)"
+
+
+def several_classes(what: str, k: int) -> None:
+    """Raise ValueError where a softmax has nothing to choose between: it is 1 for every input."""
+    if k < 2:
+        raise ValueError(
+            f"{what} compares probabilities over classes, so it needs k >= 2 logits, got {k}: for "
+            "one logit h give [0, h]"
+        )
 
 
 def paired_logits(
@@ -159,7 +261,9 @@ def stage_maps(maps_s: Maps, maps_t: Maps, stage: int) -> tuple[jax.Array, jax.A
     for name, maps in (("maps_s", maps_s), ("maps_t", maps_t)):
         stages = tuple(maps) if isinstance(maps, (tuple, list)) else (maps,)
         if not -len(stages) <= stage < len(stages):
-            raise ValueError(f"{name} has {len(stages)} stages, so there is no stage {stage}")
+            raise ValueError(
+                f"{name} has {len(stages)} stages, so there is no stage {shown(stage)}"
+            )
         x = jnp.asarray(stages[stage])
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(

@@ -64,7 +64,7 @@ def gaussian_cw2(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
-      labels: ``[n]`` integers, their classes.
+      labels: ``[n]`` integers >= 0, their classes; others make the loss NaN.
       covariance: "full" or "diagonal".
 
     Returns:
@@ -151,7 +151,7 @@ def gaussian_ckl(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
-      labels: ``[n]`` integers, their classes.
+      labels: ``[n]`` integers >= 0, their classes; others make the loss NaN.
       covariance: "full" or "diagonal".
       shrinkage: > 0, as in `gaussian_kl`.
       direction: "student_teacher" or "teacher_student".

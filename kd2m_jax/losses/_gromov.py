@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import loss, matrix
+from kd2m_jax.losses._checks import loss, matrix, varying
 from kd2m_jax.losses._groups import HIGHEST, everyone, squared_distances
 from kd2m_jax.losses._solvers import TransportInfo, ipot_plan
 
@@ -103,7 +103,7 @@ def _objective(d_s: jax.Array, d_t: jax.Array, plan: jax.Array) -> jax.Array:
 def _plan(d_s: jax.Array, d_t: jax.Array) -> TransportInfo:
     """A local minimum over P, by conditional gradients, or the pairing of equal rows."""
     n, m = d_s.shape[0], d_t.shape[0]
-    groups = everyone(n, m, d_s.dtype)
+    groups = varying(everyone(n, m, d_s.dtype), like=d_s)
     separable = jnp.mean(d_s**2, axis=1)[:, None] + jnp.mean(d_t**2, axis=1)[None, :]
     spread = jnp.mean(d_s**2) + jnp.mean(d_t**2)
 
@@ -130,7 +130,8 @@ def _plan(d_s: jax.Array, d_t: jax.Array) -> TransportInfo:
     paired = jnp.eye(n, dtype=d_s.dtype) / n
     if n == m:
         plan = 0.9 * plan + 0.1 * paired
-    start = (plan, _objective(d_s, d_t, plan), jnp.array(jnp.inf, d_s.dtype), 0)
+    start = (plan, _objective(d_s, d_t, plan), jnp.array(jnp.inf, d_s.dtype), jnp.array(0))
+    start = varying(start, like=separable)
     plan, value, gain, n_iters = jax.lax.while_loop(unfinished, towards_best, start)
     if n == m:
         plan = jnp.where(_objective(d_s, d_t, paired) <= value, paired, plan)

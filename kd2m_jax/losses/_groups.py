@@ -69,11 +69,15 @@ def everyone(n: int, m: int, dtype) -> Groups:
 
 
 def by_class(labels: ArrayLike, n: int, dtype) -> Groups:
-    """One group a class: teacher and student see the same batch, so they share the labels."""
+    """One group per class: teacher and student see the same batch, so they share the labels.
+
+    A label below 0 is no class: it makes the number of groups, and with it every loss, NaN.
+    """
     labels = class_labels(labels, n)
     same = labels[:, None] == labels[None, :]
     size = jnp.sum(same, axis=1, dtype=dtype)
     count = jnp.round(jnp.sum(1 / size))  # each class adds n_y terms of 1 / n_y
+    count = jnp.where(jnp.all(labels >= 0), count, jnp.nan)
     return Groups(same, size, size, count)
 
 

@@ -14,6 +14,7 @@ from kd2m_jax.losses._checks import (
     matrix,
     number,
     paired_logits,
+    several_classes,
 )
 from kd2m_jax.losses._groups import HIGHEST
 
@@ -38,7 +39,7 @@ def kd(logits_s: ArrayLike, logits_t: ArrayLike, *, temperature: float = 4.0) ->
       Scalar, nats times T^2, float32 (float64 for float64 logits).
 
     Raises:
-      ValueError: shapes that differ, temperature <= 0.
+      ValueError: shapes that differ, a single class, temperature <= 0.
       TypeError: logits that are not floating point.
 
     Example:
@@ -52,6 +53,7 @@ def kd(logits_s: ArrayLike, logits_t: ArrayLike, *, temperature: float = 4.0) ->
     """
     number("temperature", temperature)
     logits_s, logits_t = paired_logits(logits_s, logits_t, paired=True)
+    several_classes("kd", logits_s.shape[1])
     log_s = jax.nn.log_softmax(logits_s / temperature)
     log_t = jax.nn.log_softmax(logits_t / temperature)
     divergence = jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=1)
@@ -130,8 +132,7 @@ def wkd_l(
     n_iters = integer("n_iters", n_iters)
     logits_s, logits_t = paired_logits(logits_s, logits_t, paired=True)
     n, k = logits_s.shape
-    if k < 2:
-        raise ValueError("wkd_l compares the classes other than the own: it needs k >= 2, got 1")
+    several_classes("wkd_l", k)
     own = class_labels(labels, n)[:, None] == jnp.arange(k)[None, :]
     cost = 1 - jnp.eye(k) if class_cost is None else floating("class_cost", class_cost)
     if cost.shape != (k, k):
@@ -146,7 +147,7 @@ def wkd_l(
     # A logit of -inf is a probability of 0 in the sums above, and a label that is no class leaves
     # them out: neither may pass for a finite loss.
     sound = jnp.all(jnp.isfinite(logits_s)) & jnp.all(jnp.isfinite(logits_t))
-    return jnp.where(sound & jnp.all(jnp.any(own, axis=1)), value, jnp.nan)
+    return value * jnp.where(sound & jnp.all(jnp.any(own, axis=1)), 1, jnp.nan)
 
 
 def class_cost_matrix(
@@ -199,6 +200,7 @@ def class_cost_matrix(
         raise ValueError(
             f"labels must be in [0, {num_classes}), got {classes.min()} to {classes.max()}"
         )
+    features = jnp.asarray(np.asarray(features))  # from however many devices to the default one
     members = [np.flatnonzero(classes == c) for c in range(num_classes)]
     rows = min(map(len, members))
     if rows < 2:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._catalogue import METRICS
-from kd2m_jax.losses._checks import did_you_mean
+from kd2m_jax.losses._checks import TRACED, did_you_mean, number, shown, static
 from kd2m_jax.outputs import Outputs
 
 
@@ -52,9 +53,7 @@ class Metric:
         """Its label with the options set: "w2:solver=ipot"; arrays are left out."""
         own = METRICS[self.name].options
         chosen = [(k, v) for k, v in self.options if k not in own and not isinstance(v, _Array)]
-        values = [",".join(map(str, v)) if isinstance(v, tuple) else v for _, v in chosen]
-        options = zip((k for k, _ in chosen), values, strict=True)
-        return ":".join([self.label, *(f"{k}={v}" for k, v in options)])
+        return ":".join([self.label, *(f"{k}={_written(v)}" for k, v in chosen)])
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -80,14 +79,14 @@ class Metric:
     ) -> jax.Array:
         """The distance between the two networks' outputs: a scalar."""
         function = METRICS[self.name].function
-        student, teacher = Outputs(*student), Outputs(*teacher)
+        student, teacher = as_outputs("student", student), as_outputs("teacher", teacher)
         available = {
             "z_s": getattr(student, self.on),
             "z_t": getattr(teacher, self.on),
             "logits_s": student.logits,
             "logits_t": teacher.logits,
-            "maps_s": student.maps or None,
-            "maps_t": teacher.maps or None,
+            "maps_s": _stages(student),
+            "maps_t": _stages(teacher),
             "labels": labels,
             "key": key,
         }
@@ -106,6 +105,24 @@ class Metric:
         return f"{owner} {self.on if stem == 'z' else stem}" if owner else parameter
 
 
+def _stages(outputs: Outputs) -> Any:
+    """The maps, of several stages or as one array of a single stage; None where there are none."""
+    maps = outputs.maps
+    return None if isinstance(maps, tuple | list) and not maps else maps
+
+
+def as_outputs(owner: str, given: Any) -> Outputs:
+    """`Outputs` from what a network may return: such a tuple, plain or named."""
+    if not isinstance(given, tuple | list) or not 1 <= len(given) <= 3:
+        shape = getattr(given, "shape", None)
+        kind = type(given) if shape is None else f"an array of shape {list(shape)}"
+        raise TypeError(
+            f"the {owner}'s outputs must be kd2m_jax.Outputs or a tuple (features, logits, maps), "
+            f"got {kind}: features alone are Outputs(features)"
+        )
+    return Outputs(*given)
+
+
 @dataclasses.dataclass(frozen=True)
 class MetricSum:
     """A weighted sum of metrics, itself a metric: ``sum_i weight_i D_i``.
@@ -114,7 +131,7 @@ class MetricSum:
 
     Attributes:
       metrics: the terms.
-      weights: one a term, >= 0.
+      weights: one per term, >= 0 and finite.
 
     Example:
       >>> both = get_metric("kd:temperature=2+cw2", weights=[0.9, 1e-3])
@@ -173,13 +190,14 @@ def metric_sum(metrics: Sequence[Metric], weights: Sequence[float] | None = None
 
     Args:
       metrics: what `get_metric` returned, with whatever options.
-      weights: one a metric, >= 0; all 1 by default. They multiply ``coef``.
+      weights: one per metric, >= 0; all 1 by default. They multiply ``coef``.
 
     Returns:
       A `MetricSum`, which goes wherever a `Metric` does; training reports each term apart.
 
     Raises:
-      ValueError: no metrics, a number of weights that is not theirs, or a negative weight.
+      ValueError: no metrics, a number of weights that is not theirs, or a weight that is negative
+        or not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -195,16 +213,26 @@ def metric_sum(metrics: Sequence[Metric], weights: Sequence[float] | None = None
             "weights"
         )
     for weight in weights:
-        if not weight >= 0:
-            raise ValueError(f"weights must be >= 0, got {weight}")
+        number("weights", weight, positive=False)
     return MetricSum(tuple(metrics), weights)
 
 
 class _Array:
-    """An array among a metric's options: hashable, for it is equal to itself alone."""
+    """An array among a metric's options: hashable, and equal to another of the same values."""
 
     def __init__(self, array: ArrayLike):
         self.array = array
+        traced = isinstance(array, jax.core.Tracer)
+        values = None if traced else np.ascontiguousarray(array)
+        self.key = (
+            id(self) if values is None else (values.shape, str(values.dtype), values.tobytes())
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Array) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def __repr__(self) -> str:
         return f"array of shape {list(np.shape(self.array))}"
@@ -226,8 +254,8 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
       Hashable, so it may be a static argument of a jitted function. Of a sum a `MetricSum`.
 
     Raises:
-      ValueError: an unknown name (with the nearest ones), an option out of range, or one that the
-        name has set already ("mmd-rbf" is the kernel).
+      ValueError: an unknown name (with the nearest ones), an option out of range, given twice, or
+        one that the name has set already ("mmd-rbf" is the kernel).
       TypeError: an option that the loss does not have.
 
     Example:
@@ -238,17 +266,20 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
       0.3466
     """
     name = spelled(name)
-    if "+" in name:
+    if len(terms(name)) > 1:
         weights = options.pop("weights", None)
         if options:
             raise TypeError("options of a sum's terms: in their names, as in 'kd:temperature=2+w2'")
-        return metric_sum([get_metric(term, on=on) for term in name.split("+")], weights)
+        return metric_sum([get_metric(term, on=on) for term in terms(name)], weights)
     name, *written = name.split(":")
-    options = {**dict(map(_option, written)), **options}
+    for option, value in map(_option, written):
+        if option in options:
+            raise ValueError(f"metric {name!r} is given {option} twice")
+        options[option] = value
     name, _, at = name.partition("@")
     on = at or on
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, METRICS)}")
+        raise ValueError(f"unknown metric {shown(repr(name))}: {did_you_mean(name, METRICS)}")
     if on not in ("features", "logits"):
         raise ValueError(f"a metric is on 'features' or on 'logits', not on {on!r}")
     info = METRICS[name]
@@ -260,14 +291,16 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
     for option in options:
         if option not in allowed:
             hint = did_you_mean(option, allowed) if allowed else "it has none"
-            raise TypeError(f"metric {name!r} has no option {option!r}: {hint}")
+            raise TypeError(f"metric {name!r} has no option {shown(repr(option))}: {hint}")
         if option in info.options:
             raise ValueError(
                 f"metric {name!r} has {option}={info.options[option]!r} by its name, so {option} "
                 "cannot be set"
             )
     options = {
-        key: _Array(value) if isinstance(value, jax.Array | np.ndarray) and value.ndim else value
+        key: _Array(np.asarray(value) if isinstance(value, list | tuple) else value)
+        if key in TRACED
+        else static(key, value)
         for key, value in {**info.options, **options}.items()
     }
     metric = Metric(name, on, tuple(sorted(options.items())))
@@ -277,8 +310,13 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
 
 def spelled(name: str) -> str:
     """A metric's name as METRICS has it, term by term, with its options as they are."""
-    terms = (term.strip().partition(":") for term in name.split("+"))
-    return "+".join(n.replace("_", "-").lower() + colon + rest for n, colon, rest in terms)
+    parts = (term.strip().partition(":") for term in terms(name))
+    return "+".join(n.replace("_", "-").lower() + colon + rest for n, colon, rest in parts)
+
+
+def terms(name: str) -> list[str]:
+    """The terms of a sum; the plus sign of a number as in 1e+16 is no sum's."""
+    return re.split(r"(?<![\d.][eE])\+", name)
 
 
 _WORDS = {"true": True, "false": False, "inf": math.inf}
@@ -288,17 +326,35 @@ def _option(text: str) -> tuple[str, Any]:
     """The name and value in "beta=0.5", "solver=ipot", "debiased=true" or "stages=1,2"."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"an option of a metric is written name=value, got {text!r}")
+        raise ValueError(f"an option of a metric is written name=value, got {shown(repr(text))}")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a word
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # a word, or no end of signs
         return name, _WORDS.get(value.lower(), value)
+
+
+def _written(value: Any) -> str:
+    """An option's value as `_option` reads it back; a number without a plus sign."""
+    if isinstance(value, tuple):
+        return ",".join(map(_written, value)) + ("," if len(value) == 1 else "")
+    return repr(value).replace("e+", "e") if isinstance(value, float) else str(value)
 
 
 def resolve(metric: Metric | MetricSum | str | None) -> Metric | MetricSum | None:
     """A metric by whatever it was given: itself, its name, or none."""
     if isinstance(metric, str):
         return None if metric == "none" else get_metric(metric)
+    function = getattr(metric, "func", metric)  # of a functools.partial
+    names = [name for name, info in METRICS.items() if info.function is function]
+    if names:
+        raise TypeError(
+            f"losses.{function.__name__} compares arrays, and a metric compares two networks' "  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+            f"Outputs: give its name, metric={names[0]!r}, or losses.get_metric({names[0]!r}, ...)"
+        )
+    if isinstance(metric, list | tuple):
+        raise TypeError("several metrics at once are one as 'kd+cw2' or losses.metric_sum([...])")
+    if metric is not None and not callable(metric):
+        raise TypeError(f"metric must be a name or a losses.Metric, got {type(metric)}")
     return metric
 
 

@@ -14,6 +14,7 @@ from kd2m_jax.losses._checks import (
     integer,
     loss,
     number,
+    shown,
     stage_maps,
 )
 from kd2m_jax.losses._groups import (
@@ -104,7 +105,7 @@ def cmmd(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
-      labels: ``[n]`` integers, their classes.
+      labels: ``[n]`` integers >= 0, their classes; others make the loss NaN.
       kernel: "linear", "polynomial", "rbf" or "energy", as in `mmd`.
       bandwidth: as in `mmd`.
       degree: as in `mmd`.
@@ -193,7 +194,7 @@ def nst(
     if not chosen:
         raise ValueError("stages must name at least one stage, got none")
     if not all(isinstance(stage, int | np.integer) for stage in chosen):
-        raise ValueError(f"stages must be a whole number or several, got {stages}")
+        raise ValueError(f"stages must be a whole number or several, got {shown(stages)}")
     per_image = []
     for stage in chosen:
         x, y = stage_maps(maps_s, maps_t, stage)
@@ -235,6 +236,7 @@ def _mmd(
         choice("bandwidth", bandwidth, BANDWIDTHS)
     else:
         number("bandwidth", bandwidth)
+        number("bandwidth^2", bandwidth**2)
     k = _kernel(z_s, z_t, kernel, bandwidth, degree, offset)
     if kernel != "polynomial":
         # The others do not see a translation, each class by its own: a tight one keeps its digits.

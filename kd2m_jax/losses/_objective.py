@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import class_labels, floating
-from kd2m_jax.losses._metrics import Metric, MetricSum, resolve
+from kd2m_jax.losses._checks import class_labels, matrix, several_classes
+from kd2m_jax.losses._metrics import Metric, MetricSum, as_outputs, resolve
 from kd2m_jax.outputs import Outputs
 
 
@@ -52,7 +52,7 @@ def distillation_loss(
     Args:
       student: `Outputs` for the batch; its logits ``[n, k]`` are needed.
       teacher: `Outputs` for the same batch. No gradient flows to it.
-      labels: ``[n]`` integers in [0, k).
+      labels: ``[n]`` integers in [0, k); others make the loss NaN.
       metric: a name, a `Metric`, a `MetricSum`, or None (or "none") for the cross-entropy alone.
       coef: >= 0, the weight lambda of the distance; may be traced.
       task_coef: >= 0, the weight of the cross-entropy; may be traced.
@@ -63,8 +63,9 @@ def distillation_loss(
       lambda times the metric's unit (squared distance or nats).
 
     Raises:
-      ValueError: a negative weight, or a metric that needs what it was not given.
-      TypeError: labels that are not integers.
+      ValueError: a negative weight, a single class (unless task_coef is 0), or a metric that needs
+        what it was not given.
+      TypeError: labels that are not integers, a metric that is none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,15 +77,17 @@ def distillation_loss(
     References:
       Fernandes Montesuma, KD2M, GSI 2025, Algorithm 1.
     """
-    student, teacher = Outputs(*student), Outputs(*teacher)
+    student, teacher = as_outputs("student", student), as_outputs("teacher", teacher)
     for name, weight in (("coef", coef), ("task_coef", task_coef)):
         if not isinstance(weight, jax.core.Tracer) and not float(weight) >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
     if student.logits is None:
         raise ValueError("the student's Outputs have no logits, which the cross-entropy needs")
-    logits = floating("the student's logits", student.logits)
+    logits = matrix("the student's logits", student.logits)
+    if isinstance(task_coef, jax.core.Tracer) or task_coef != 0:
+        several_classes("the cross-entropy", logits.shape[1])
     labels = class_labels(labels, logits.shape[0])
-    task = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    task = jnp.mean(_cross_entropy(logits, labels))
     metric = resolve(metric)
     teacher = jax.lax.stop_gradient(teacher)
     parts: dict[str, jax.Array] = {}
@@ -97,3 +100,12 @@ def distillation_loss(
         distillation = metric(student, teacher, labels, key=key)
     total = jnp.asarray(task_coef) * task + jnp.asarray(coef) * distillation
     return total, LossTerms(task, distillation, parts)
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """``[n]``, NaN for a label that is no class, which indexing would take for another one."""
+    known = (labels >= 0) & (labels < logits.shape[1])
+    nats = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.where(known, labels, 0)
+    )
+    return nats * jnp.where(known, 1, jnp.nan)

@@ -66,7 +66,7 @@ def _sliced_product(
     del padding  # there is none around a 1x1 kernel
     # The weight gradient of the convolution itself convolves: 128 images of 32 x 32 x 16 to 32
     # channels take 5.2 CPU ms with it and 1.3 so, 32 of 16 x 16 x 512 to 1,024 take 126 and 24
-    # (jaxlib 0.10; 4.8 and 1.4, 76 and 25 with 0.12). Values keep their bits in float32.
+    # (jaxlib 0.10; 4.8 and 1.4, 76 and 25 with 0.12). Values agree to the rounding of float32.
     kept = jax.lax.slice(x, (0, 0, 0, 0), x.shape, (1, *strides, 1))
     # One matrix of pixels: XLA does not merge the axes on its own, and then takes 4.4 ms, not 1.5.
     pixels = kept.reshape(-1, x.shape[-1])

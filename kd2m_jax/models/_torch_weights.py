@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kd2m_jax._compat import set_value
+
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _DTYPES = {
     "F64": np.float64,
@@ -90,7 +92,7 @@ def load_torch_weights(
     if problems:
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
     for name, variable in variables.items():
-        variable.set_value(jnp.array(arrays[name], variable.dtype))
+        set_value(variable, jnp.array(arrays[name], variable.dtype))
     if replaced:
         logging.getLogger(__name__).info("%s: head replaced, fc keeps its fresh weights", path)
     return model

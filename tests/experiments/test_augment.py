@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments._common.augment import preprocess
-from experiments._common.data import DATASETS, Dataset
-from experiments._common.protocols import PROTOCOLS
+from experiments.data.augment import preprocess
+from experiments.data.specs import DATASETS, Dataset
+from experiments.runs.protocols import PROTOCOLS
 
 KEYS = jax.random.split(jax.random.key(0), 2000)
 
@@ -70,7 +70,7 @@ def test_evaluation_normalises_and_nothing_else():
 
 
 def rates(name, epochs, steps_per_epoch=10):
-    """The learning rate of each epoch's first and last step, as the optimizer applies it."""
+    """Return the learning rate of each epoch's first and last step, as the optimizer applies it."""
     optimizer = PROTOCOLS[name].optimizer(epochs, steps_per_epoch)
     first = []
     params = jnp.zeros(())

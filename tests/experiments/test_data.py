@@ -21,8 +21,10 @@ from archives import COUNTS, SOURCES, fake_archives, register, shape
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.download import downloader
 
-from experiments._common import _prepare, data
-from kd2m_jax._locks import locked
+from experiments.common.errors import DataError
+from experiments.data import prepare
+from experiments.data.load import load
+from kd2m_jax.internal import locked
 
 
 def configure(monkeypatch, **options):
@@ -31,7 +33,7 @@ def configure(monkeypatch, **options):
 
 
 def as_set(images, labels):
-    """A split as a sorted list of (label, pixels): tfds shuffles when it prepares."""
+    """Return a split as a sorted list of (label, pixels): tfds shuffles when it prepares."""
     return sorted((int(y), x.tobytes()) for x, y in zip(images, labels, strict=True))
 
 
@@ -41,8 +43,8 @@ def stock(name, split, root):
 
 
 def failure(name, root):
-    with pytest.raises(data.DataError) as caught:
-        data.load(name, root, progress=False)
+    with pytest.raises(DataError) as caught:
+        load(name, root, progress=False)
     assert len(str(caught.value).splitlines()) <= 5
     return str(caught.value)
 
@@ -63,7 +65,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves `tmp_path/"www"`; yields its address."""
+    """Serve `tmp_path/"www"`; yield its address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -81,7 +83,7 @@ def server(tmp_path):
 
 
 def test_digits():
-    digits = data.load("digits", "/nowhere", progress=False)
+    digits = load("digits", "/nowhere", progress=False)
     (images, labels), (test_images, test_labels) = digits.train, digits.test
     assert images.shape == (1347, 8, 8, 1) and test_images.shape == (450, 8, 8, 1)
     assert images.dtype == test_images.dtype == np.uint8 and images.max() == 16
@@ -97,14 +99,14 @@ def test_digits():
 
 def test_unknown_name_names_the_nearest():
     with pytest.raises(ValueError, match=r"unknown data set 'cifar': did you mean .*cifar10"):
-        data.load("cifar")
+        load("cifar")
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_prepared_data_reads_back(name, tmp_path, monkeypatch):
     splits = fake_archives(name, tmp_path / "downloads/manual")
     register(monkeypatch, name, tmp_path / "downloads/manual")
-    dataset = data.load(name, tmp_path, progress=False)
+    dataset = load(name, tmp_path, progress=False)
     for split, (images, labels) in splits.items():
         read_images, read_labels = getattr(dataset, split)
         assert read_images.dtype == np.uint8 and read_labels.dtype == np.int32
@@ -125,14 +127,14 @@ def test_prepared_data_reads_back(name, tmp_path, monkeypatch):
     assert len(dataset.mean) == len(dataset.std) == shape(name)[-1]
     # The second time from disk, in the same order, without the archives.
     shutil.rmtree(tmp_path / "downloads")
-    again = data.load(name, tmp_path, progress=False)
+    again = load(name, tmp_path, progress=False)
     np.testing.assert_array_equal(again.train[0], dataset.train[0])
 
 
 def test_downloads(tmp_path, monkeypatch, server):
     splits = fake_archives("mnist", tmp_path / "www")
     register(monkeypatch, "mnist", tmp_path / "www", server)
-    read = data.load("mnist", tmp_path / "data", progress=False).test
+    read = load("mnist", tmp_path / "data", progress=False).test
     assert as_set(*read) == as_set(*splits["test"])
 
 
@@ -162,7 +164,7 @@ def test_damaged_archive_is_named(name, tmp_path, monkeypatch):
 
 def test_killed_preparation_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     """Copies what is on disk while the second split is written: a kill leaves that."""
-    manual, killed, original = tmp_path / "downloads/manual", tmp_path / "killed", _prepare.Image
+    manual, killed, original = tmp_path / "downloads/manual", tmp_path / "killed", prepare.Image
     splits = fake_archives("mnist", manual)
     register(monkeypatch, "mnist", manual)
 
@@ -171,24 +173,24 @@ def test_killed_preparation_leaves_nothing_that_looks_complete(tmp_path, monkeyp
             shutil.copytree(tmp_path / "mnist", killed / "mnist")
         return original.fromarray(image)
 
-    monkeypatch.setattr(_prepare, "Image", types.SimpleNamespace(fromarray=fromarray))
-    data.load("mnist", tmp_path, progress=False)
+    monkeypatch.setattr(prepare, "Image", types.SimpleNamespace(fromarray=fromarray))
+    load("mnist", tmp_path, progress=False)
     assert list(killed.rglob("mnist-train.array_record*"))
     assert "cannot be downloaded" in failure("mnist", killed)
     shutil.copytree(manual, killed / "downloads/manual")
-    assert as_set(*data.load("mnist", killed, progress=False).train) == as_set(*splits["train"])
+    assert as_set(*load("mnist", killed, progress=False).train) == as_set(*splits["train"])
 
 
 def test_one_prepares_while_another_waits(tmp_path, monkeypatch, capfd):
     """What is there once the other has finished is not prepared again: the archives are gone."""
     splits = fake_archives("mnist", tmp_path / "other/downloads/manual")
     register(monkeypatch, "mnist", tmp_path / "other/downloads/manual")
-    data.load("mnist", tmp_path / "other", progress=False)
+    load("mnist", tmp_path / "other", progress=False)
     shutil.rmtree(tmp_path / "other/downloads")
     capfd.readouterr()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with locked(tmp_path / "mnist/.lock"):
-            loading, said = pool.submit(data.load, "mnist", tmp_path), ""
+            loading, said = pool.submit(load, "mnist", tmp_path), ""
             end = time.monotonic() + 60
             while "is in use by another process" not in said:
                 assert not loading.done() and time.monotonic() < end, said
@@ -214,7 +216,7 @@ def test_offline_fails_fast_and_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_a_network_that_swallows_everything(tmp_path, monkeypatch):
-    monkeypatch.setattr(_prepare, "PATIENCE", 0.2)
+    monkeypatch.setattr(prepare, "PATIENCE", 0.2)
     monkeypatch.setattr(requests, "get", lambda *_, **__: time.sleep(60))
     start = time.monotonic()
     assert "cannot be downloaded" in failure("mnist", tmp_path)
@@ -255,7 +257,7 @@ def sharded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         register(monkeypatch, "cifar10", root / "downloads/manual")
         configure(monkeypatch, num_shards=3)
-        dataset = data.load("cifar10", root, progress=False)
+        dataset = load("cifar10", root, progress=False)
     assert as_set(*dataset.train) == as_set(*splits["train"])
     return root / "cifar10"
 
@@ -266,7 +268,7 @@ def overwrite(path, start, content):
 
 
 def rewrite(path, change):
-    """Replaces the records of a shard by `change` of them."""
+    """Replace the records of a shard by `change` of them."""
     records = change(ArrayRecordReader(str(path)).read_all())
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for record in records:
@@ -275,7 +277,7 @@ def rewrite(path, change):
 
 
 def change_in(record, mark, content):
-    """The record with the bytes after the only `mark` overwritten."""
+    """Return the record with the bytes after the only `mark` overwritten."""
     head, tail = record.split(mark)
     return head + mark + content + tail[len(content) :]
 
@@ -328,7 +330,7 @@ def test_metadata_that_cannot_be_used(old, new, reason, sharded, tmp_path):
 def test_progress_bars(progress, tmp_path, monkeypatch, capfd):
     fake_archives("cifar10", tmp_path / "downloads/manual")
     register(monkeypatch, "cifar10", tmp_path / "downloads/manual")
-    data.load("cifar10", tmp_path, progress=progress)
+    load("cifar10", tmp_path, progress=progress)
     out, err = capfd.readouterr()
     assert out == "" and (progress or err == "")
     for stage in ("Dl Completed", "Generating train examples", "Reading cifar10, test"):
@@ -344,7 +346,7 @@ def test_real_data(name, count, last_class):
     root = pathlib.Path(os.environ.get("KD2M_DATA_DIR", shared))
     if not list((root / name).glob("*/dataset_info.json")):
         pytest.skip(f"no {name} on disk")
-    dataset = data.load(name, root, progress=False)
+    dataset = load(name, root, progress=False)
     assert dataset.classes[-1] == last_class
     for split, total in {"train": count, "test": 10_000}.items():
         images, labels = getattr(dataset, split)

@@ -19,10 +19,13 @@ from matplotlib import get_cachedir
 from torch_files import pickled_state, torch_state, write_pth, write_safetensors
 
 from experiments import digits
-from experiments._common import cli, report, train
-from experiments._common.data import load
-from experiments._common.folder import read_metrics
-from kd2m_jax._locks import locked
+from experiments.common import cli
+from experiments.data.load import load
+from experiments.runs import report
+from experiments.runs.configuration import configuration
+from experiments.runs.folder import RunFolder, read_metrics
+from experiments.runs.settings import Run
+from kd2m_jax.internal import locked
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
@@ -96,7 +99,7 @@ def test_the_readme_command_leaves_its_folder(tmp_path):
 
 
 def start(out, *flags):
-    """The command, running, and its files."""
+    """Start the command; return it and its files."""
     return subprocess.Popen(
         command(out, *flags),
         cwd=ROOT,
@@ -125,7 +128,7 @@ def lines_of(run):
 
 
 def arrays_of(folder):
-    """The arrays of the newest checkpoints of a folder."""
+    """Return the arrays of the newest checkpoints of a folder."""
     newest = {kind: max(map(int, os.listdir(folder / kind))) for kind in ("last", "best")}
     with ocp.StandardCheckpointer() as checkpointer:
         return newest, {
@@ -171,7 +174,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_pat
     resumed = digits_run(out, "--resume", *flags)
     assert resumed.returncode == 0, resumed.stderr
 
-    assert report.text_table(out) == report.text_table(whole)
+    assert report.text_table(RunFolder(out)) == report.text_table(RunFolder(whole))
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     folders = [path / "checkpoints" / name for name in ("student", "distilled")
                for path in (out, whole)]  # fmt: skip
@@ -236,21 +239,28 @@ def test_a_second_run_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_pat
 
 
 def test_teachers_are_told_apart_by_all_that_made_them():
-    settings = dataclasses.replace(digits.DEFAULTS, run=cli.Run())
+    settings = dataclasses.replace(digits.DEFAULTS, run=Run())
     data = load("digits")
-    ours = train.configuration(settings, data)
-    name = train.teacher_name(ours)
+    ours = configuration(settings, data)
+    name = ours.teacher_name
     others = [
-        train.configuration(settings, dataclasses.replace(data, train=data.test)),
+        configuration(settings, dataclasses.replace(data, train=data.test)),
         *(
-            train.configuration(settings, dataclasses.replace(data, **change))
+            configuration(settings, dataclasses.replace(data, **change))
             for change in ({"mean": (5.0,)}, {"std": (5.0,)}, {"crop_padding": 1}, {"flip": True})
         ),
-        *(ours | change for change in ({"optimizer": "SGD 0.2"}, {"seed": 1}, {"epochs": 21})),
-        *(ours | change for change in ({"teacher_sha256": "0"}, {"precision": "bf16"})),
+        *(
+            dataclasses.replace(ours, **change)
+            for change in ({"optimizer": "SGD 0.2"}, {"seed": 1}, {"epochs": 21})
+        ),
+        *(
+            dataclasses.replace(ours, **change)
+            for change in ({"teacher_sha256": "0"}, {"precision": "bf16"})
+        ),
     ]
-    assert len({name, *map(train.teacher_name, others)}) == 1 + len(others)
-    assert train.teacher_name(ours | {"metric": "w2", "coef": [1.0], "student": "mlp-8"}) == name
+    assert len({name, *(other.teacher_name for other in others)}) == 1 + len(others)
+    same = dataclasses.replace(ours, metric="w2", coef=(1.0,), student="mlp-8")
+    assert same.teacher_name == name
 
 
 @pytest.mark.parametrize(

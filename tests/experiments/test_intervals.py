@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments._common import intervals
+from experiments.studies import intervals
 
 
 def test_a_paired_difference_by_hand():

@@ -13,8 +13,8 @@ from archives import fake_archives, register
 from torch_files import torch_state, write_safetensors
 
 from experiments import cifar, mnist, svhn
-from experiments._common import cli
-from experiments._common.folder import read_metrics
+from experiments.common import cli
+from experiments.runs.folder import read_metrics
 
 MAINS = [("cifar10", cifar, []), ("cifar100", cifar, ["--dataset=cifar100"])]
 MAINS += [("svhn", svhn, []), ("mnist", mnist, [])]

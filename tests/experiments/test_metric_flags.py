@@ -9,9 +9,13 @@ import pytest
 from flax import nnx
 
 from experiments import digits
-from experiments._common import cli, train
-from experiments._common.data import load
-from experiments._common.folder import read_metrics
+from experiments.common import cli
+from experiments.common.errors import UsageError
+from experiments.data.load import load
+from experiments.runs import build
+from experiments.runs.configuration import configuration
+from experiments.runs.folder import read_metrics
+from experiments.runs.settings import Distillation
 from kd2m_jax import losses, models
 
 MLPS = ["--teacher=mlp-16-8", "--student=mlp-6-8"]
@@ -21,7 +25,7 @@ RESNETS = ["--teacher=resnet8", "--student=resnet8"]
 
 @pytest.fixture
 def shell(monkeypatch, tmp_path):
-    """Runs the main in a folder of its own; returns config and the distilled student's lines."""
+    """Run the main in a folder of its own; return config and the distilled student's lines."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, steps=3):
@@ -61,13 +65,13 @@ def test_published_weights(shell):
 
 
 def test_a_published_decay_is_over_all_epochs():
-    settings = cli.Distillation("wkd-l", "published")
+    settings = Distillation("wkd-l", "published")
     settings = dataclasses.replace(digits.DEFAULTS, distillation=settings)
     data = load("digits")
-    config = train.configuration(settings, data) | {"max_steps": 3}
-    coef = train.coefficient(config, data)
+    config = dataclasses.replace(configuration(settings, data), max_steps=3)
+    coef = build.build(config, data).coef
     per_epoch = len(data.train[0]) // 128
-    assert config["epochs"] == 20
+    assert config.epochs == 20
     steps = np.array([0, 12.5, 16.25, 20]) * per_epoch  # 150, 195 and 240 of 240, in proportion
     np.testing.assert_allclose([coef(s) for s in steps], [600, 600, 300, 0], rtol=2e-2, atol=1e-3)
 
@@ -103,12 +107,12 @@ def test_a_mistake_is_seen_before_anything_is_trained(flags, message, shell, cap
     assert not (tmp_path / "runs").exists()
 
 
-def test_both_projectors_are_announced(capsys):
+def test_both_projectors_are_announced():
     metric = losses.get_metric("l2+wkd-f")
-    train._with_projector(network("resnet8"), network("resnet8x4"), load("digits"), metric)
-    told = capsys.readouterr().out.splitlines()
-    assert "64 features to the teacher's 256" in told[0]
-    assert "last map to the teacher's 256 channels" in told[1]
+    networks = network("resnet8"), network("resnet8x4")
+    _, (first, second) = build.with_projector(*networks, load("digits"), metric)
+    assert "64 features to the teacher's 256" in first
+    assert "last map to the teacher's 256 channels" in second
 
 
 def test_a_class_without_two_images_is_a_mistake_of_the_user():
@@ -116,17 +120,17 @@ def test_a_class_without_two_images_is_a_mistake_of_the_user():
     images, labels = data.train
     kept = np.flatnonzero((labels != 3) | (np.cumsum(labels == 3) == 1))[:600]
     poor = dataclasses.replace(data, train=(images[kept], labels[kept]))
-    with pytest.raises(cli.UsageError, match="--metric=wkd-l: CKA needs two rows of each class"):
-        train._with_class_cost(losses.get_metric("wkd-l"), network("mlp-8-4"), poor)
+    with pytest.raises(UsageError, match="--metric=wkd-l: CKA needs two rows of each class"):
+        build.with_class_cost(losses.get_metric("wkd-l"), network("mlp-8-4"), poor)
 
 
 def test_wkd_l_is_trained_with_the_teachers_costs():
     data, teacher = load("digits"), network("mlp-16-8")
-    metric = train._with_class_cost(losses.get_metric("wkd-l:temperature=4"), teacher, data)
+    metric = build.with_class_cost(losses.get_metric("wkd-l:temperature=4"), teacher, data)
     options = dict(metric.options)
     assert options["temperature"] == 4
     cost = np.asarray(options["class_cost"].array)
-    features = teacher(train.preprocess(data)(data.train[0], None)).features
+    features = teacher(build.preprocess(data)(data.train[0], None)).features
     expected = losses.class_cost_matrix(features, data.train[1], num_classes=10)
     np.testing.assert_allclose(cost, expected, rtol=1e-4, atol=1e-6)
     assert np.abs(cost - (1 - np.eye(10))).max() > 0.1
@@ -135,7 +139,7 @@ def test_wkd_l_is_trained_with_the_teachers_costs():
 @pytest.mark.slow
 def test_wkd_l_from_the_shell(shell, monkeypatch):
     _, lines = shell("--metric=wkd-l", *MLPS)
-    monkeypatch.setattr(train, "_with_class_cost", lambda metric, teacher, data: metric)
+    monkeypatch.setattr(build, "with_class_cost", lambda metric, teacher, data: metric)
     _, uniform = shell("--metric=wkd-l", *MLPS)
     assert lines[-1]["step"] == uniform[-1]["step"] == 3
     found, other = (each[0]["distillation_loss"] for each in (lines, uniform))

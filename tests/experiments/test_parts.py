@@ -11,15 +11,16 @@ import pytest
 from tqdm import tqdm
 
 from experiments import digits
-from experiments._common import cli, report, train
-from experiments._common.folder import RunFolder
-from experiments._common.protocols import PROTOCOLS
+from experiments.common import cli
+from experiments.runs import progress, report, settings
+from experiments.runs.folder import RunFolder
+from experiments.runs.protocols import PROTOCOLS
 
 
 def test_the_users_home_after_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    read = lambda settings: found.append(settings)  # noqa: E731
-    found: list[cli.Settings] = []
+    read = lambda one: found.append(one)  # noqa: E731
+    found: list[settings.Settings] = []
     flags = ["--out=~/x", "--pretrained-teacher=~/w.pth", "--data-dir=~", "--metric=w2@logits"]
     monkeypatch.setattr(sys, "argv", ["main", *flags])
     cli.main(digits.DEFAULTS, read, module="experiments.digits", description="")
@@ -39,18 +40,16 @@ class Counted(list):
         return super().__iter__()
 
 
-def test_the_curves_do_not_go_through_the_log_once_a_record(monkeypatch, tmp_path):
+def test_the_curves_do_not_go_through_the_log_once_a_record(tmp_path):
     passes = []
-    (tmp_path / "config.json").write_text(json.dumps({"metric": "w2"}))
     for epochs in (2, 20):
         records = [
             {"phase": phase, "step": 3 * epoch, "epoch": epoch, "task_loss": 1.0,
              "test_accuracy": 0.5, "distillation_loss": 1.0}
             for phase in report.TITLES for epoch in range(1, epochs + 1)
         ]  # fmt: skip
-        monkeypatch.setattr(report, "read_metrics", lambda path, r=records: Counted(r))
         Counted.passes = 0
-        report._curves(tmp_path)
+        report._curves(Counted(records), "w2", tmp_path / "curves.png")
         passes.append(Counted.passes)
     assert passes[0] == passes[1]
 
@@ -64,21 +63,21 @@ def test_an_epoch_on_the_curves_is_a_pass_over_the_data():
 
 def test_a_bar_counts_what_was_replayed_as_done_but_not_as_speed(monkeypatch):
     times = iter([10.0, 12.0])
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))
     with tqdm(total=100, disable=False, file=io.StringIO()) as bar:
-        progress = train.Progress(bar, batch_size=4)
-        progress({"step": 5, "loss": 1.0, "replayed": True})
-        assert (bar.n, bar.initial, progress.images_per_second()) == (20, 20, None)
-        progress({"step": 10, "loss": 1.0, "test_accuracy": 0.5})
+        shown = progress.Progress(bar, batch_size=4)
+        shown({"step": 5, "loss": 1.0, "replayed": True})
+        assert (bar.n, bar.initial, shown.images_per_second()) == (20, 20, None)
+        shown({"step": 10, "loss": 1.0, "test_accuracy": 0.5})
         # One record of its own is a moment, not a stretch of time.
-        assert (bar.n, bar.initial, progress.images_per_second()) == (40, 20, None)
-        progress({"step": 20, "loss": 1.0})
-        assert bar.n == 80 and progress.images_per_second() == 20.0
+        assert (bar.n, bar.initial, shown.images_per_second()) == (40, 20, None)
+        shown({"step": 20, "loss": 1.0})
+        assert bar.n == 80 and shown.images_per_second() == 20.0
         assert "test=50.0%" in bar.postfix
 
 
 def test_versions_that_are_no_longer_recorded_are_kept_as_earlier(tmp_path):
-    folder = RunFolder(tmp_path, {}, resume=False)
+    folder = RunFolder(tmp_path)
     folder.write_environment(devices=["cpu"], backend="cpu")
     folder.write_environment(devices=["cpu"])
     assert json.loads((tmp_path / "env.json").read_text())["earlier"] == [{"backend": "cpu"}]

@@ -8,8 +8,12 @@ import sys
 import pytest
 
 from experiments import table, tradeoff
-from experiments._common import bench_population, cli, population, restore, train
-from experiments._common.folder import read_metrics
+from experiments.analysis.finished import finished, outputs
+from experiments.bench import population as bench_population
+from experiments.common import cli
+from experiments.runs import train
+from experiments.runs.folder import read_metrics
+from experiments.studies import population
 
 COEFS = ("0.01", "0.1", "auto:0.3")
 
@@ -32,7 +36,7 @@ def cells(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A trade-off in one go, and the calls of fit that it took."""
+    """Run a trade-off in one go; return it and the calls of fit that it took."""
     out, fit, calls = tmp_path_factory.mktemp("together"), population.fit, []
 
     def counting(students, data, **options):
@@ -63,11 +67,11 @@ def test_the_students_end_as_they_do_one_by_one(whole, monkeypatch, tmp_path):
         assert env["images_per_second"]["distilled"] > 0
         assert env["earlier"] == [{"students_in_one_program": 3}]
         assert "distilled student" in (one / "report.md").read_text()
-        trained = restore.finished(one, None)
-        x = trained.dataset.test
-        logits = restore.outputs(trained.trained["distilled"], trained.dataset, x[0]).logits
+        run = finished(one, None)
+        images, labels = run.plan.dataset.test
+        logits = outputs(run.trained["distilled"], run.plan.dataset, images).logits
         accuracy = found[-1]["test_accuracy"]
-        assert float((logits.argmax(1) == x[1]).mean()) == pytest.approx(accuracy)
+        assert float((logits.argmax(1) == labels).mean()) == pytest.approx(accuracy)
     assert not list(out.glob("digits/seed0/together-*"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import chex
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ import tyro
 from flax import nnx
 
 from experiments import bound, digits, features, table, tradeoff
-from experiments._common import bound as bounds
-from experiments._common import cli, restore
-from experiments._common import features as embeddings
-from experiments._common import tradeoff as studies
-from experiments._common.data import Dataset
-from experiments._common.folder import read_metrics
+from experiments.analysis import bound as bounds
+from experiments.analysis import features as embeddings
+from experiments.analysis.finished import Finished, finished, outputs
+from experiments.common import cli
+from experiments.common.errors import UsageError
+from experiments.data.specs import Dataset
+from experiments.runs.folder import RunFolder, read_metrics
+from experiments.studies import tradeoff as studies
 from kd2m_jax import Outputs, losses, models
 
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=64"]
@@ -29,7 +32,7 @@ def in_process(monkeypatch, module, default, *flags):
 
 @pytest.fixture
 def finished_run(monkeypatch, tmp_path):
-    """A run of two epochs: 42 steps."""
+    """Make a run of two epochs: 42 steps."""
     run = tmp_path / "run"
     in_process(monkeypatch, digits, digits.DEFAULTS, *TINY, "--epochs=2", "--metric=l2",
                "--coef=auto:0.2", f"--out={run}")  # fmt: skip
@@ -94,9 +97,9 @@ def test_features_and_bound_of_a_finished_run(finished_run, monkeypatch, capsys)
         expected = 100 * recorded[name]["test_accuracy"]
         assert numbers["accuracy"] == pytest.approx(expected, abs=1e-4)
     assert found["networks"]["teacher"]["w2"] == pytest.approx(0, abs=1e-4)
-    run = restore.finished(finished_run, None)
-    images, labels = run.dataset.test
-    student, teacher = (restore.outputs(run.trained[k], run.dataset, images)
+    run = finished(finished_run, None)
+    images, labels = run.plan.dataset.test
+    student, teacher = (outputs(run.trained[k], run.plan.dataset, images)
                         for k in ("student", "teacher"))  # fmt: skip
     for name, options in (("l2", {}), ("w2", {"solver": "exact"})):
         value = losses.get_metric(name, **options)(student, teacher, labels)
@@ -111,7 +114,7 @@ def test_features_and_bound_of_a_finished_run(finished_run, monkeypatch, capsys)
         points = found["points"][phase]
         assert [p["epoch"] for p in points] == [0, 1, 2]
         # Trained again it ends where the run ended, to the bit.
-        end = [restore.outputs(run.trained[k], run.dataset, images[:60])
+        end = [outputs(run.trained[k], run.plan.dataset, images[:60])
                for k in (phase, "teacher")]  # fmt: skip
         expected = bounds.measure(*end, labels[:60], found["bandwidth"])
         assert points[-1] == {"epoch": 2, **expected}
@@ -189,13 +192,11 @@ def test_features_take_so_many_examples_of_ten_classes(tmp_path):
         return models.MLP(widths, 30, in_features=16, rngs=rngs)
 
     trained = {k: network(i) for i, k in enumerate(("teacher", "student", "distilled"))}
-    run = restore.Finished({}, data, losses.get_metric("l2"), {}, trained)
-    embeddings.write(tmp_path, run, examples=25, seed=0)
+    run = Finished(RunFolder(tmp_path), types.SimpleNamespace(dataset=data), trained)
+    embeddings.write(run, examples=25, seed=0)
     assert json.loads((tmp_path / "features.json").read_text())["examples"] == 25
-    with pytest.raises(cli.UsageError, match="as resnet20 and resnet8 do"):
-        embeddings.write(
-            tmp_path, run._replace(trained=trained | {"student": network(3, 5)}), 25, 0
-        )
+    with pytest.raises(UsageError, match="as resnet20 and resnet8 do"):
+        embeddings.write(run._replace(trained=trained | {"student": network(3, 5)}), 25, 0)
 
 
 def test_a_run_on_a_part_of_the_data_with_class_costs(monkeypatch, capsys, tmp_path):
@@ -203,17 +204,17 @@ def test_a_run_on_a_part_of_the_data_with_class_costs(monkeypatch, capsys, tmp_p
     flags = [*TINY, "--epochs=1", "--seeds=1", "--train-examples=256", f"--out={tmp_path}"]
     in_process(monkeypatch, table, table.Table(), *flags, "--metrics", "wkd-l=1")
     cell = tmp_path / "digits/seed0/wkd-l=1"
-    run = restore.finished(cell, None)
-    assert len(run.dataset.train[0]) == 256 and len(run.dataset.test[0]) == 450
-    ((_, end),) = list(bounds._over_training(run, "distilled", 1))[1:]
+    run = finished(cell, None)
+    assert len(run.plan.dataset.train[0]) == 256 and len(run.plan.dataset.test[0]) == 450
+    ((_, end),) = list(bounds.over_training(run, "distilled", 1))[1:]
     states = [nnx.to_pure_dict(nnx.state(net)) for net in (end, run.trained["distilled"])]
     chex.assert_trees_all_equal(*states)
     # A folder of before train_examples was written down is the same run, and gets it.
     config = json.loads((cell / "config.json").read_text())
     old = {key: value for key, value in config.items() if key != "train_examples"}
     (cell / "config.json").write_text(json.dumps(old))
-    with pytest.raises(cli.UsageError, match="was trained on other images than those of digits"):
-        restore.finished(cell, None)
+    with pytest.raises(UsageError, match="was trained on other images than those of digits"):
+        finished(cell, None)
     in_process(monkeypatch, table, table.Table(), *flags, "--metrics", "wkd-l=1")
     assert json.loads((cell / "config.json").read_text()) == config
     capsys.readouterr()

@@ -1,5 +1,6 @@
 """experiments.table: its cells, what it reuses, what it writes, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,11 +13,16 @@ from flax import nnx
 from scipy import stats
 
 from experiments import table
-from experiments._common import cli, restore, train
-from experiments._common import table as tables
-from experiments._common.folder import read_metrics
-from experiments._common.grid import Grid, cell, cells
+from experiments.analysis.finished import finished
+from experiments.common import cli
+from experiments.runs import train
+from experiments.runs.configuration import RunConfig
+from experiments.runs.folder import read_metrics
+from experiments.studies import table as tables
+from experiments.studies.grid import Grid, cell, cells
 
+FIELDS = [field.name for field in dataclasses.fields(RunConfig)]
+CONFIG = RunConfig(**dict.fromkeys(FIELDS, 1) | {"coef": (1.0,), "published": None})
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=64", "--max-steps=3"]
 
 
@@ -85,7 +91,7 @@ def test_a_table_over_two_seeds_and_again(monkeypatch, capsys, tmp_path):
         assert [word for word in words if word not in text] == []
         assert "published" not in text
     assert (tmp_path / "table.png").stat().st_size > 10_000
-    assert "told apart" in capsys.readouterr().out
+    assert "not distinguishable from the student alone" in capsys.readouterr().out
 
 
 def test_a_changed_configuration_is_refused(monkeypatch, capsys, tmp_path):
@@ -139,9 +145,9 @@ def test_cells_follow_the_main_of_their_data_set():
     assert {c.settings.training.epochs for c in (digits, cifar)} == {7}
     assert digits.settings.training.seed == 3
     assert digits.settings.distillation.task_coef == 0.5
-    assert str(digits.path) == "somewhere/digits/seed3/cw2"
+    assert str(digits.folder.path) == "somewhere/digits/seed3/cw2"
     # One folder for one lambda, however it is written; the main's has none in its name.
-    assert cell(grid, "digits", "cw2=1e-3", 3).path == digits.path
+    assert cell(grid, "digits", "cw2=1e-3", 3).folder == digits.folder
     assert cell(grid, "digits", "cw2", 3, coef="1e-2").label == "cw2=0.01"
     assert cell(grid, "digits", "kd+cw2", 0, "0.5").settings.distillation.coef == "0.5,0.5"
     # Neither lambda nor the labels' weight is a setting of the student alone.
@@ -174,15 +180,16 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, monkeypatch, capsys,
 
 
 def written(one, accuracy, **env):
-    """A run folder without training: the teacher at this accuracy, the student at 0.1 more."""
-    one.path.mkdir(parents=True)
-    (one.path / "config.json").write_text(json.dumps(dict.fromkeys(tables.CONFIG, 1)))
+    """Make a run folder without training: the teacher at this accuracy, the student 0.1 higher."""
+    path = one.folder.path
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(CONFIG.to_json()))
     env = {"python": "", "machine": "", "packages": {}, "devices": []} | env
-    (one.path / "env.json").write_text(json.dumps(env))
+    (path / "env.json").write_text(json.dumps(env))
     phases = ("teacher", "student") if one.label == "none" else ("teacher", "distilled")
     records = [{"phase": p, "step": 500, "test_accuracy": accuracy + 0.1 * (p == phases[1])}
                for p in phases]  # fmt: skip
-    (one.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 def tabled(out, cells):
@@ -214,7 +221,7 @@ def test_published_numbers_and_the_average(tmp_path):
 def test_data_sets_with_one_lambda_share_their_rows(tmp_path):
     """1e-3 is the main's own on digits and not on cifar10: folders differ, rows do not."""
     ones = cells(Grid(1, out=str(tmp_path)), ("digits", "cifar10"), ("cw2", "kd=0.9"), "1e-3")
-    assert [one.path.name for one in ones] == [
+    assert [one.folder.path.name for one in ones] == [
         "none",
         "cw2",
         "kd=0.9",
@@ -251,7 +258,7 @@ def test_a_table_tells_where_its_numbers_come_from(tmp_path):
     speeds = [{"teacher": 10, "student": 50}, {"distilled": 5}, {"teacher": 10}, {"distilled": 5}]
     for one, version, speed in zip(ones, versions, speeds, strict=True):
         written(one, 0.5, images_per_second=speed, **host, **version)
-        os.utime(one.path / "config.json", (86400 * (100 + one.seed),) * 2)
+        os.utime(one.folder.path / "config.json", (86400 * (100 + one.seed),) * 2)
     found = tabled(tmp_path, ones)[1]
     assert found["environment"]["cpu"] == "A CPU" and found["environment"]["cores"] == 7
     assert found["differ"] == {"jax": ["1", "0"], "numpy": ["2", "3"]}
@@ -296,7 +303,7 @@ def test_one_diverged_seed_leaves_its_pair_out(tmp_path):
     ones = cells(Grid(3, out=str(tmp_path)), ("digits",), ("w2",))
     for i, one in enumerate(ones):
         written(one, 0.5 + 0.01 * i)
-    (ones[3].path / "diverged.json").write_text('{"step": 12}')
+    (ones[3].folder.path / "diverged.json").write_text('{"step": 12}')
     text, found = tabled(tmp_path, ones)
     row = found["datasets"]["digits"]["rows"]["w2"]
     assert row["last"]["values"] == pytest.approx([61, None, 65]) and row["diverged"] == {"1": 12}
@@ -338,8 +345,8 @@ def test_lambda_0_is_the_student_alone_to_the_bit(monkeypatch, tmp_path):
     """The same initialisation and the same batches, which is what pairing by seed rests on."""
     in_process(monkeypatch, *TINY[:-1], f"--out={tmp_path}", "--seeds=1", "--epochs=1",
                "--metrics", "l2=0")  # fmt: skip
-    found = restore.finished(tmp_path / "digits/seed0/l2=0", None).trained
-    states = [nnx.to_pure_dict(nnx.state(found[k])) for k in ("student", "distilled")]
+    trained = finished(tmp_path / "digits/seed0/l2=0", None).trained
+    states = [nnx.to_pure_dict(nnx.state(trained[k])) for k in ("student", "distilled")]
     chex.assert_trees_all_equal(*states)
     alone, distilled = (
         [{k: r[k] for k in ("task_loss", "train_accuracy")} for r in read_metrics(folder)

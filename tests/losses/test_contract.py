@@ -30,7 +30,7 @@ def compiled(metric):
 
 
 def arguments(function, student, teacher, labels):
-    """A loss's own arguments, picked by name: what `Metric` should hand it."""
+    """Pick a loss's own arguments by name: what `Metric` should hand it."""
     known = {
         "z_s": student.features,
         "z_t": teacher.features,

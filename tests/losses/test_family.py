@@ -68,7 +68,7 @@ cases = pytest.mark.parametrize(
 
 
 def oracle_options(x, y, kernel, options):
-    """The library's options as the oracle takes them: sigma, a constant, is computed first."""
+    """Return options as the oracle takes them: sigma, a constant, is computed first."""
     if kernel != "rbf":
         return options
     width = options.get("bandwidth", "mean")

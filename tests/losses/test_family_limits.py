@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow  # the fast tests are those of the paper's metrics
 
 
 def finite(function):
-    """A compiled test of whether value and gradients are finite."""
+    """Compile a test of whether value and gradients are finite."""
 
     def test(*arrays):
         results = jax.value_and_grad(function, argnums=(0, 1))(*arrays)
@@ -179,14 +179,14 @@ def test_a_label_that_is_no_class_makes_wkd_l_non_finite():
 
 
 def temporary_bytes(function, *shapes):
-    """What value and gradient need beside their arguments and results."""
+    """Return what value and gradient need beside their arguments and results."""
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     compiled = jax.jit(jax.value_and_grad(function)).lower(*arguments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def naive_nst(maps_s, maps_t):
-    """The polynomial kernel as it is often written: all pairs of channels, position by position."""
+    """Compute the polynomial kernel as it is often written: all pairs of channels, by position."""
     x, y = (m.reshape(m.shape[0], -1, m.shape[3]).swapaxes(1, 2) for m in (maps_s, maps_t))
     x, y = (z / jnp.linalg.norm(z, axis=2, keepdims=True) for z in (x, y))
 

@@ -13,11 +13,16 @@ from walk import batch, used
 from kd2m_jax import Outputs, losses
 
 NAN = float("nan")
+# The rest of the metrics that take labels runs the same two functions' code.
+LABELLED = ["gaussian-cw2", "cmmd-linear", "wkd-l"] + [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("cw2", "gaussian-ckl", "cmmd-rbf", "cmmd-energy", "cmmd-polynomial")
+]
 Z, H, Y = np.ones((6, 4), np.float32), np.ones((6, 3), np.float32), np.arange(6) % 3
 
 
 def check(function, arrays, error, *words):
-    """The error is raised with these words, bare and inside a user's jit."""
+    """Check that the error is raised with these words, bare and inside a user's jit."""
     for call in (function, jax.jit(function)):
         with pytest.raises(error) as caught:
             call(*arrays)
@@ -87,11 +92,66 @@ def test_labels(function):
         function, replaced(function, labels=one_hot), ValueError, "[6]", "[6, 3]", "labels.argmax"
     )
     check(function, replaced(function, labels=Y[:5]), ValueError, "labels", "[6]", "[5]")
-    check(function, replaced(function, labels=Y[:, None]), ValueError, "[6]", "[6, 1]")
+    # Class 0 for everyone is what argmax would make of a column.
+    check(function, replaced(function, labels=Y[:, None]), ValueError, "[6, 1]", "labels[:, 0]")
     # Not only for these can rows not be matched, but for these only by mistake.
     first = next(iter(inspect.signature(function).parameters))
     arrays = replaced(function, **{first: arrays_of(function)[0][:5]})
     check(function, arrays, ValueError, "5", "6", "rows", "same example")
+
+
+@with_option("labels")
+def test_labels_that_no_advice_may_destroy(function):
+    def refused(labels, error, *words):
+        with pytest.raises(error) as caught:
+            function(*replaced(function, labels=labels))
+        assert [word for word in words if word not in str(caught.value)] == [], caught.value
+        return str(caught.value)
+
+    column = refused(Y[:, None], ValueError, "labels[:, 0]")
+    assert "argmax" not in column
+    for fractions in (Y + 0.5, np.full((6, 3), 1 / 3)):  # astype(int) would round them
+        assert "astype" not in refused(fractions, TypeError, "fractions", "float64")
+    # JAX would keep the lower half of each number, so that 2^32 + 1 becomes class 1.
+    for wide in (Y + 2**32, -(2**40) * np.ones(6, np.int64), (Y + 2**32).tolist()):
+        refused(wide, ValueError, str(int(np.max(wide))), "32 bits", "return_inverse")
+    refused(np.array(list("abcabc")), TypeError, "integers")
+    small = function(*replaced(function, labels=Y.astype(np.int64)))
+    assert small == function(*replaced(function, labels=Y.astype(np.uint8)))
+    with jax.enable_x64(True):  # where 64 bits are kept they may be used
+        wide = Y + (0 if function is losses.wkd_l else 2**32)
+        assert function(*replaced(function, labels=wide)) == small
+
+
+@pytest.mark.parametrize("metric", [None, *LABELLED])
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_not_finite(metric, label):
+    """In value and gradient, compiled or not: which class it is taken for cannot be seen."""
+    student, teacher, labels = batch(6, logits=3)
+    labels = (labels % 3).at[2].set(label)
+
+    def objective(student, labels):
+        coef = {"metric": metric, "coef": 1.0}
+        return losses.distillation_loss(student, teacher, labels, **coef)[0]
+
+    for given in (labels, np.asarray(labels)):
+        for call in (objective, jax.jit(objective)):
+            value, grads = jax.value_and_grad(call)(student, given)
+            assert np.isnan(value) and np.isnan(grads.logits[2]).any()
+    if metric and (label < 0 or metric == "wkd-l"):  # a metric alone knows no largest class
+        value, grads = jax.value_and_grad(losses.get_metric(metric))(student, teacher, labels)
+        assert np.isnan(value) and any(np.isnan(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_a_softmax_over_one_class_is_refused():
+    one = H[:, :1]
+    check(losses.kd, (one, one), ValueError, "kd", "k >= 2", "got 1")
+    check(losses.wkd_l, (one, one, Y), ValueError, "wkd_l", "k >= 2", "got 1")
+    out = Outputs(Z, one)
+    loss = functools.partial(losses.distillation_loss, metric="l2", coef=1.0)
+    check(loss, (out, out, 0 * Y), ValueError, "cross-entropy", "k >= 2")
+    value, _ = loss(out, out._replace(features=Z + 1), 0 * Y, task_coef=0.0)
+    assert value == 4
 
 
 def test_rows_that_must_be_the_same_example():
@@ -279,3 +339,97 @@ def test_terms_of_one_name_are_told_apart_by_their_options():
     student, teacher, labels = batch()
     names = ["nst:stages=0", "nst:stages=0,1", "nst:stages=0-3", "mmd-rbf"]
     assert list(both.parts(student, teacher, labels)) == names
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 5000, "-" * 5000 + "1", "1e200", "1e-200"])
+@pytest.mark.parametrize(
+    "option",
+    ["w2:epsilon", "kd:temperature", "mmd-rbf:bandwidth", "sw2:projections", "nst:stages"],
+)
+def test_numbers_that_no_float_holds(option, number):
+    with pytest.raises(ValueError) as caught:
+        losses.get_metric(f"{option}={number}")
+    assert len(str(caught.value).split("\n---")[0]) < 200
+    if "9" in number and len(number) == 400:  # the same from Python
+        name, _, key = option.partition(":")
+        with pytest.raises(ValueError, match=key):
+            losses.get_metric(name, **{key: int(number)})
+
+
+@pytest.mark.parametrize("number", [1e16, 1.5e16, 1e22, 1e-7, 1e30, 2.0**70, 10**17, 123456789012])
+def test_a_large_number_is_read_back_as_itself(number):
+    metric = losses.get_metric("jw2", beta=number)
+    assert "+" not in metric.written
+    assert losses.get_metric(metric.written) == metric
+    both = losses.get_metric(f"{metric.written}+kd")
+    assert both.metrics == (metric, losses.get_metric("kd"))
+    # Written as Python and older files have it, a plus sign and all, it is no sum either.
+    assert losses.get_metric(f"jw2:beta={float(number)!r}") == metric
+
+
+def test_options_given_twice():
+    for twice in (
+        lambda: losses.get_metric("kd:temperature=2:temperature=3"),
+        lambda: losses.get_metric("kd:temperature=2", temperature=2),
+        lambda: losses.get_metric("l2+kd:temperature=2:temperature=2"),
+    ):
+        with pytest.raises(ValueError, match="'kd' is given temperature twice"):
+            twice()
+
+
+def test_options_by_value():
+    """Lists, tuples, NumPy's numbers and arrays are the options that they spell."""
+    maps = np.random.default_rng(0).normal(size=(6, 2, 2, 3)).astype(np.float32)
+    pair = ((maps, maps), (maps + 1, 2 * maps))
+    expected = losses.nst(*pair, stages=(0, 1))
+    for stages in ([0, 1], np.array([0, 1]), jnp.array([0, 1]), (np.int64(0), 1)):
+        assert losses.nst(*pair, stages=stages) == expected
+        assert losses.get_metric("nst", stages=stages) == losses.get_metric("nst:stages=0,1")
+    one = losses.get_metric("nst", stages=[0])
+    assert losses.get_metric(one.written) == one
+    expected = losses.mmd(Z, Z + 1, bandwidth=2.0)
+    for two in (np.array(2.0), np.float32(2), jnp.array(2.0), 2):
+        assert losses.mmd(Z, Z + 1, bandwidth=two) == expected
+        assert losses.get_metric("mmd-rbf", bandwidth=two) == losses.get_metric(
+            "mmd-rbf:bandwidth=2"
+        )
+    for several in ([1.0, 2.0], np.array([1.0, 2.0])):
+        wrong = functools.partial(losses.mmd, bandwidth=several)
+        check(wrong, (Z, Z + 1), ValueError, "bandwidth must be a finite number, got (1.0, 2.0)")
+    cost = 1 - np.eye(3, dtype=np.float32)
+    first, again = (losses.get_metric("wkd-l", class_cost=c) for c in (cost, cost.copy()))
+    assert first == again and hash(first) == hash(again)
+    assert first == losses.get_metric("wkd-l", class_cost=jnp.asarray(cost))
+    assert first != losses.get_metric("wkd-l", class_cost=cost / 2)
+    listed = losses.get_metric("wkd-l", class_cost=cost.tolist())
+    out = Outputs(Z, H)
+    assert listed(out, out, Y) == first(out, out, Y)
+
+
+def test_maps_as_one_array():
+    maps = np.random.default_rng(0).normal(size=(6, 2, 2, 3)).astype(np.float32)
+    metric = losses.get_metric("wkd-f")
+    expected = metric(Outputs(Z, H, (maps,)), Outputs(Z, H, (2 * maps,)))
+    for single in (maps, jnp.asarray(maps), [maps]):
+        assert metric(Outputs(Z, H, single), Outputs(Z, H, (2 * maps,))) == expected
+    assert jax.jit(metric)(Outputs(Z, H, maps), Outputs(Z, H, 2 * maps)) == expected
+
+
+def test_what_is_no_metric_and_what_are_no_outputs():
+    out = Outputs(Z, H)
+    for metric, words in (
+        (losses.cw2, ("losses.cw2", "arrays", "metric='cw2'")),
+        (functools.partial(losses.w2, epsilon=0.1), ("losses.w2", "metric='w2'")),
+        (losses.mmd, ("losses.mmd", "metric='mmd-linear'")),
+        ([losses.get_metric("l2")], ("metric_sum",)),
+        (3, ("int",)),
+    ):
+        with pytest.raises(TypeError) as caught:
+            losses.distillation_loss(out, out, Y, metric=metric, coef=1.0)
+        assert [word for word in words if word not in str(caught.value)] == [], caught.value
+    for wrong, word in ((Z, "[6, 4]"), (jnp.asarray(Z[:2]), "[2, 4]"), ({"features": Z}, "dict")):
+        with pytest.raises(TypeError, match=re.escape(word)) as caught:
+            losses.get_metric("l2")(wrong, out)
+        assert "student" in str(caught.value) and "Outputs(features)" in str(caught.value)
+        with pytest.raises(TypeError, match="teacher"):
+            losses.distillation_loss(out, wrong, Y, metric="l2", coef=1.0)

@@ -13,7 +13,7 @@ DIGITS = (8, 8, 1)
 
 
 def abstract(name, num_classes=10, image_shape=DIGITS, **options):
-    """A network without values, at no cost."""
+    """Make a network without values, at no cost."""
     return nnx.eval_shape(
         lambda: models.build(
             name, num_classes=num_classes, image_shape=image_shape, rngs=nnx.Rngs(0), **options

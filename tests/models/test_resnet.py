@@ -16,7 +16,7 @@ DIGITS = (8, 8, 1)
 
 @pytest.fixture(scope="module")
 def make_small_net():
-    """A constructor of small ResNets, compiled because eager initialisation takes seconds."""
+    """Make a constructor of small ResNets, compiled because eager initialisation takes seconds."""
 
     def make(dtype):
         widths = (8, 8, 16)
@@ -129,7 +129,7 @@ def test_batch_statistics_can_be_synchronised_from_outside(make_small_net, image
     def in_shards(shards, axis_name):
         def one(x):
             net = nnx.merge(graphdef, state, copy=True)
-            for _, module in nnx.iter_modules(net):
+            for _, module in nnx.iter_graph(net):
                 if isinstance(module, nnx.BatchNorm):
                     module.axis_name = axis_name
             return net(x).logits
@@ -156,7 +156,7 @@ def test_bfloat16_does_not_round_the_running_statistics():
     model = models.ResNet(models.BasicBlock, (), (4,), 2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     model.eval()
     # In bfloat16 this mean would be 1, and all activations 0.
-    model.bn1.mean[...] = jnp.full(4, 1 - 2**-10)
+    model.bn1.mean[...] = jnp.full(4, 1 - 2**-10, jnp.float32)
     model.bn1.bias[...] = jnp.ones(4)
     features = model(jnp.zeros((1, 8, 8, 3))).features
     np.testing.assert_allclose(features, 2**-10, rtol=0.01)

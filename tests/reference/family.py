@@ -43,7 +43,7 @@ def mmd(x, y, kernel, **options):
 
 
 def pool(image, h, w):
-    """An image's map ``[H, W, c]``, averaged over blocks to ``[h, w, c]``."""
+    """Average an image's map ``[H, W, c]`` over blocks to ``[h, w, c]``."""
     rows = np.split(image, h, axis=0)
     return np.array([[cell.mean((0, 1)) for cell in np.split(row, w, axis=1)] for row in rows])
 

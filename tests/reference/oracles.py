@@ -15,12 +15,12 @@ def distances(x, y):
 
 
 def by_class(distance, x, y, labels, **options):
-    """The mean over the classes present of a distance within the class."""
+    """Average a distance within the class over the classes present."""
     return np.mean([distance(x[labels == c], y[labels == c], **options) for c in np.unique(labels)])
 
 
 def plan(cost):
-    """The exact plan between uniform weights, by network simplex."""
+    """Compute the exact plan between uniform weights, by network simplex."""
     n, m = cost.shape
     return ot.emd(np.full(n, 1 / n), np.full(m, 1 / m), cost)
 

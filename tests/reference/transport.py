@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 
 def scale(*costs):
-    """What epsilon is relative to: a bound of the groups' mean cost, at least 0.1% of the mean.
+    """Return what epsilon is relative to: a bound of the mean cost, at least 0.1% of the mean.
 
     The better of two dual values, each a minimum over rows and columns.
     """
@@ -42,7 +42,7 @@ def entropic_cost(cost, reg):
 
 
 def divergence(x, y, reg, pair_costs=distances):
-    """The Sinkhorn divergence at a given strength of the entropy."""
+    """Compute the Sinkhorn divergence at a given strength of the entropy."""
     cross, own, other = (entropic_cost(pair_costs(*p), reg) for p in ((x, y), (x, x), (y, y)))
     return cross - (own + other) / 2
 

@@ -1,0 +1,1 @@
+"""What the losses and the training cost on this machine."""

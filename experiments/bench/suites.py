@@ -1,0 +1,41 @@
+"""The table of suites: what each measures is in the file that it comes from."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+Name = Literal[
+    "peers", "classes", "gaussian", "growth", "step", "start", "devices", "population",
+    "gpu-step", "gpu-epoch", "gpu-torch",
+]  # fmt: skip
+NAMES: tuple[str, ...] = get_args(Name)
+
+
+def suite(name: Name) -> Callable[..., tuple[list[dict], list[str]]]:
+    """Return a suite, ``(out, *, repeats=...) -> (rows, notes)``.
+
+    It is imported only now, because suites need packages that the others do not.
+    """
+    match name:
+        case "peers":
+            from experiments.bench.peers import peers as measured
+        case "classes":
+            from experiments.bench.losses import classes as measured
+        case "gaussian":
+            from experiments.bench.losses import gaussian as measured
+        case "growth":
+            from experiments.bench.growth import growth as measured
+        case "step":
+            from experiments.bench.step import step as measured
+        case "start":
+            from experiments.bench.start import start as measured
+        case "devices":
+            from experiments.bench.devices import devices as measured
+        case "population":
+            from experiments.bench.population import population as measured
+        case "gpu-step":
+            from experiments.bench.gpu import gpu_step as measured
+        case "gpu-epoch":
+            from experiments.bench.gpu import gpu_epoch as measured
+        case "gpu-torch":
+            from experiments.bench.gpu_torch import gpu_torch as measured
+    return measured

@@ -1,0 +1,1 @@
+"""What every main shares: command line, errors, text tables, figures, the machine. No JAX."""

@@ -1,0 +1,89 @@
+"""The command line that every main shares: flags with defaults, and one line for a mistake."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
+
+import tyro
+
+from experiments.common.errors import DataError, UsageError
+from kd2m_jax.internal import set_compiler_flags
+
+FlagsT = TypeVar("FlagsT", bound="Flags")
+
+
+class Flags:
+    """What the flags of every main inherit.
+
+    Attributes:
+      after_stop: what the shell is told once a run was stopped: how to go on with it.
+    """
+
+    after_stop: ClassVar[str] = "the same command starts again"
+
+
+def optional(kind: str, default: str):
+    """Describe a flag that may be left out, and the value that then stands in for it."""
+    return tyro.conf.arg(metavar=kind, help_behavior_hint=f"(default: {default})")
+
+
+def main(
+    defaults: FlagsT, run: Callable[[FlagsT], object], *, module: str, description: str | None
+) -> None:
+    """Read the command line over these defaults and run; a mistake is one line and status 2."""
+    settings = tyro.cli(
+        type(defaults),
+        args=[_expanded(argument) for argument in sys.argv[1:]],
+        default=defaults,
+        prog=f"python -m {module}",
+        description=_summary(description or ""),
+    )
+    _keep_compiled_programs()
+    set_compiler_flags()
+    # Only now, because these load JAX, which --help does not need and the cache must precede.
+    from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
+    from kd2m_jax.internal import ProcessLost
+
+    try:
+        run(settings)
+    except (UsageError, DataError, CheckpointError) as error:
+        _fail(error)
+        sys.exit(2)
+    except Stopped as stopped:
+        _fail(f"stopped and saved; {settings.after_stop}")
+        sys.exit(stopped.code)
+    except NonFiniteLoss as error:
+        advice = "try a smaller --coef, or a --protocol with a smaller learning rate"
+        _fail(f"{error}; {advice}")
+        sys.exit(1)
+    except ProcessLost as lost:
+        _fail(f"{lost}; the same command with --resume continues")
+        os._exit(1)  # the ordinary end waits for all processes
+    except KeyboardInterrupt:
+        _fail(f"stopped; {settings.after_stop}")
+        sys.exit(130)
+
+
+def _summary(doc: str) -> str:
+    """Return the first paragraph of a main's docstring, and its first command."""
+    summary, _, rest = doc.partition("\n\n")
+    return f"{summary}\n    {rest.strip().splitlines()[0]}" if rest else summary
+
+
+def _expanded(argument: str) -> str:
+    """Put the user's home into ``--flag=~/x``, which a shell expands only after a blank."""
+    flag, equals, value = argument.partition("=")
+    return flag + equals + os.path.expanduser(value)
+
+
+def _keep_compiled_programs() -> None:
+    """Tell JAX, before it is imported, to keep XLA's programs in the user's cache."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "kd2m_jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _fail(message: object) -> None:
+    print(f"error: {message}", file=sys.stderr)

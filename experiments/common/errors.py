@@ -1,0 +1,26 @@
+"""The errors that the shell shows as one line, without a traceback."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+
+class UsageError(ValueError):
+    """A mistake of the user, shown as one line with exit status 2."""
+
+
+class DataError(RuntimeError):
+    """A data set that is missing or damaged; the message says what to do."""
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, remedy: str) -> Iterator[None]:
+    """Turn any failure inside into a `DataError` that names the file."""
+    try:
+        yield
+    except (DataError, ImportError, MemoryError):  # not the file's fault
+        raise
+    except Exception as error:
+        # Some messages hold a whole example: the beginning, on one line, says what is wrong.
+        reason = " ".join(f"{type(error).__name__}: {error}"[:300].split())
+        raise DataError(f"{path} cannot be used: {reason}\n{remedy}") from error

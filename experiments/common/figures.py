@@ -1,0 +1,45 @@
+"""What all figures share: the backend, one palette for colour-blind readers, axes and saving."""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: it writes files and opens no window
+import matplotlib.pyplot as plt
+
+# The colours of Okabe and Ito, distinct for colour-blind readers.
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, RED, YELLOW, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#000000"
+GREY, BROWN = "#999999", "#7F4F24"
+
+PHASES = {"teacher": BLUE, "student": ORANGE, "distilled": GREEN}
+# Up to ten classes.
+CLASSES = (ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK, GREY, BROWN)
+# Lines of a plot, each with a marker of its own.
+LINES = (
+    (BLUE, "o"),
+    (RED, "s"),
+    (ORANGE, "^"),
+    (GREEN, "D"),
+    (PINK, "v"),
+    (SKY, "P"),
+    (BLACK, "x"),
+)
+
+
+def dot(axis, summary: dict, y: float, colour: str) -> None:
+    """Draw a mean with its horizontal interval; nothing where all seeds diverged."""
+    if summary["mean"] is None:
+        return
+    if summary["interval"]:
+        axis.plot(summary["interval"], [y, y], color=colour, linewidth=1.5)
+    axis.plot([summary["mean"]], [y], "o", color=colour, markersize=5)
+
+
+def finish(figure, path: pathlib.Path) -> None:
+    """Drop the upper and the right frame, save the figure and close it."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

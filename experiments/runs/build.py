@@ -1,0 +1,244 @@
+"""The one place that puts a run together: networks, metric, coefficient, options of `fit`."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.common.errors import UsageError
+from experiments.data.augment import preprocess
+from experiments.data.specs import Dataset
+from experiments.runs.configuration import RunConfig, configuration
+from experiments.runs.folder import ALONE
+from experiments.runs.protocols import PROTOCOLS
+from experiments.runs.settings import Settings
+from kd2m_jax import Network, Outputs, losses, models, projected
+from kd2m_jax.internal import steps_per_epoch
+
+Metric = losses.Metric | losses.MetricSum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run, put together and checked, of which nothing is trained yet.
+
+    Attributes:
+      config: what decides its result.
+      dataset: the images that it trains and tests on.
+      teacher: the teacher before training.
+      student: the student before training.
+      distilled: the same student, with a projector where the metric needs one.
+      projectors: one sentence per projector.
+      metric: what the distilled student is asked to match; None: there is none.
+      coef: lambda, as `kd2m_jax.fit` takes it.
+      steps_per_epoch: optimizer steps per pass over the training images.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    teacher: nnx.Module
+    student: nnx.Module
+    distilled: nnx.Module | Network
+    projectors: tuple[str, ...]
+    metric: Metric | None
+    coef: float | str | Callable
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of each phase."""
+        return int(
+            min(self.config.epochs * self.steps_per_epoch, self.config.max_steps or math.inf)
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of `kd2m_jax.fit` that are the same in every phase."""
+        config = self.config
+        optimizer = PROTOCOLS[config.protocol].optimizer(config.epochs, self.steps_per_epoch)
+        return {
+            "preprocess": preprocess(self.dataset),
+            "optimizer": optimizer,
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "per_class": config.per_class,
+            "seed": config.seed,
+            "max_steps": config.max_steps,
+        }
+
+    def matching(self, teacher: nnx.Module) -> dict[str, Any]:
+        """Return the options of `kd2m_jax.fit` that distil from this trained teacher."""
+        assert self.metric is not None, "a run of the student alone has nothing to match"
+        return {
+            "teacher": teacher,
+            "metric": with_class_cost(self.metric, teacher, self.dataset),
+            "coef": self.coef,
+            "task_coef": self.config.task_coef,
+        }
+
+
+def build(settings: Settings | RunConfig, dataset: Dataset) -> Plan:
+    """Put a run together from its flags, or from an earlier run's configuration.
+
+    Raises:
+      UsageError: for pretrained weights or a metric that do not suit the networks.
+    """
+    config = configuration(settings, dataset) if isinstance(settings, Settings) else settings
+    metric = _metric(config)
+    teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
+    parameters = {"teacher": _parameters(teacher), "student": _parameters(student)}
+    distilled, projectors = student, ()
+    if metric is not None:
+        distilled, projectors = with_projector(student, teacher, dataset, metric)
+    per_epoch = steps_per_epoch(dataset.train[1], config.batch_size, config.per_class)
+    return Plan(
+        config=dataclasses.replace(config, parameters=parameters),
+        dataset=dataset,
+        teacher=teacher,
+        student=student,
+        distilled=distilled,
+        projectors=projectors,
+        metric=metric,
+        coef=0.0 if metric is None else _coefficient(config, per_epoch),
+        steps_per_epoch=per_epoch,
+    )
+
+
+def check_names(settings: Settings) -> None:
+    """Raise UsageError for a metric or network that does not exist, before any data is read."""
+    try:
+        if settings.distillation.metric != ALONE:
+            losses.get_metric(settings.distillation.metric)
+            if settings.distillation.coef == "published":
+                losses.published(settings.distillation.metric, 1)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    for role in ("teacher", "student"):
+        name = getattr(settings.networks, role)
+
+        def structure(name=name):  # on an image of any size
+            return models.build(name, num_classes=10, image_shape=(32, 32, 3), rngs=nnx.Rngs(0))
+
+        try:
+            nnx.eval_shape(structure)
+        except ValueError as error:
+            raise UsageError(f"--{role}: {error}") from error
+
+
+def _metric(config: RunConfig) -> Metric | None:
+    if config.metric == ALONE:
+        return None
+    metric = losses.get_metric(config.metric)
+    if isinstance(metric, losses.MetricSum) and len(config.coef) > 1:
+        return losses.metric_sum(metric.metrics, [float(weight) for weight in config.coef])
+    return metric  # auto weighs a sum as one
+
+
+def _coefficient(config: RunConfig, per_epoch: int) -> float | str | Callable:
+    """Return lambda as `kd2m_jax.fit` takes it."""
+    if config.coef == ("published",):
+        # Like the optimizer's schedule over all epochs, whether max_steps cuts them or not.
+        return losses.published(config.metric, config.epochs * per_epoch)[0]
+    # A sum of metrics has its terms' weights inside.
+    return config.coef[0] if len(config.coef) == 1 else 1.0
+
+
+def _network(role: str, dataset: Dataset, config: RunConfig) -> nnx.Module:
+    """Build a network by its name, with random or pretrained weights."""
+    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[config.precision]
+    network = models.build(
+        getattr(config, role),
+        num_classes=len(dataset.classes),
+        image_shape=dataset.train[0].shape[1:],
+        rngs=nnx.Rngs(config.seed),
+        stem=config.stem,
+        dtype=dtype,
+    )
+    path = getattr(config, f"pretrained_{role}")
+    if path is None:
+        return network
+    try:
+        return models.load_torch_weights(network, path, replace_head=True)
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(f"--pretrained-{role}: {error}") from error
+
+
+def _parameters(network: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+
+
+def with_projector(
+    student: nnx.Module, teacher: nnx.Module, dataset: Dataset, metric: Metric
+) -> tuple[nnx.Module | Network, tuple[str, ...]]:
+    """Give the student a projector where what the metric compares has unequal sizes.
+
+    Returns:
+      The student, and one sentence per projector.
+    """
+    x = jnp.zeros((1, *dataset.train[0].shape[1:]))
+    of_student, of_teacher = (nnx.eval_shape(lambda m: m(x), m) for m in (student, teacher))
+    dim, channels, sizes = None, None, []
+    for term in metric.metrics if isinstance(metric, losses.MetricSum) else (metric,):
+        size = of_teacher.features.shape[-1]
+        if term.projector == "features" and of_student.features.shape[-1] != size:
+            dim = size
+        if term.projector == "maps":
+            if not (of_student.maps and of_teacher.maps):
+                raise UsageError(
+                    f"{term.name} compares convolutional maps, which an MLP does not have"
+                )
+            channels = of_teacher.maps[-1].shape[-1]
+    if dim:
+        sizes.append(f"{of_student.features.shape[-1]} features to the teacher's {dim}")
+    if channels:
+        sizes.append(f"last map to the teacher's {channels} channels")
+    network = student
+    if sizes:
+        network = with_projection = projected(student, dim, channels=channels)
+        variables = with_projection.init(jax.random.key(0), x)
+        of_student, _ = jax.eval_shape(
+            lambda x: with_projection.apply(*variables, x, train=False), x
+        )
+    _try_out(metric, of_student, of_teacher)
+    return network, tuple(
+        f"A projector from the student's {size} is trained with it, and left out afterwards."
+        for size in sizes
+    )
+
+
+def _try_out(metric: Metric, student: Outputs, teacher: Outputs) -> None:
+    """Raise UsageError now for a metric that these networks do not suit."""
+    labels = jnp.zeros(1, int)
+    try:
+        jax.eval_shape(lambda s, t: metric(s, t, labels, key=jax.random.key(0)), student, teacher)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--metric={metric.label}: {error}") from error
+
+
+def with_class_cost(metric: Metric, teacher: nnx.Module, dataset: Dataset) -> Metric:
+    """Give a metric that takes costs between classes those of the trained teacher's features."""
+    if isinstance(metric, losses.MetricSum):
+        terms = [_with_class_cost(term, teacher, dataset) for term in metric.metrics]
+        return losses.metric_sum(terms, metric.weights)
+    return _with_class_cost(metric, teacher, dataset)
+
+
+def _with_class_cost(metric: losses.Metric, teacher: nnx.Module, dataset: Dataset) -> losses.Metric:
+    if "class_cost" not in inspect.signature(losses.METRICS[metric.name].function).parameters:
+        return metric
+    images, labels = dataset.train
+    prepare = preprocess(dataset)
+    features_of = nnx.jit(lambda net, x: net(prepare(x, None)).features)
+    features = [features_of(teacher, images[i : i + 500]) for i in range(0, len(images), 500)]
+    try:
+        cost = losses.class_cost_matrix(
+            jnp.concatenate(features), labels, num_classes=len(dataset.classes)
+        )
+    except ValueError as error:
+        raise UsageError(f"--metric={metric.label}: {error}") from error
+    return losses.get_metric(metric.written, class_cost=cost)

@@ -1,0 +1,217 @@
+"""The folder that a run leaves: every path in it, and the files that need no JAX."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+
+from tensorboardX import SummaryWriter
+
+from experiments.common import machine
+from experiments.common.errors import UsageError
+from experiments.runs.configuration import RunConfig
+from kd2m_jax import internal
+
+# The metric of a run without distillation, and the name of its cell in a table.
+ALONE = "none"
+OURS = ("config.json", "env.json", "metrics.jsonl", "report.md", "curves.png", "diverged.json")
+OUR_FOLDERS = ("checkpoints", "tensorboard")
+PACKAGES = ("kd2m-jax", "jax", "jaxlib", "flax", "optax", "ott-jax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """One run's folder, which need not exist yet.
+
+    Attributes:
+      path: the folder.
+      in_table: whether it is a cell of a table, which trains a seed's student alone once for all
+        metrics and keeps it in the cell `ALONE` beside.
+    """
+
+    path: pathlib.Path
+    in_table: bool = False
+
+    def teacher(self, config: RunConfig) -> pathlib.Path:
+        """Return the teacher's checkpoints, which the runs beside this one share."""
+        return self.path.parent / "teachers" / config.teacher_name
+
+    @property
+    def student(self) -> pathlib.Path:
+        """Return the checkpoints of the student alone."""
+        own = self.path.parent / ALONE if self.in_table else self.path
+        return own / "checkpoints" / "student"
+
+    @property
+    def distilled(self) -> pathlib.Path:
+        """Return the checkpoints of the distilled student."""
+        return self.path / "checkpoints" / "distilled"
+
+    @property
+    def report(self) -> pathlib.Path:
+        """Return the report, which is written last."""
+        return self.path / "report.md"
+
+    @property
+    def curves(self) -> pathlib.Path:
+        """Return the figure of accuracy and losses."""
+        return self.path / "curves.png"
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether the run came to its end."""
+        return self.report.exists()
+
+    @property
+    def diverged(self) -> int | None:
+        """Return the step at which its training diverged, if it did."""
+        file = self.path / "diverged.json"
+        return json.loads(file.read_text())["step"] if file.exists() else None
+
+    @property
+    def config(self) -> RunConfig:
+        """Read config.json; UsageError where it is not the configuration of a run."""
+        file = self.path / "config.json"
+        try:
+            return RunConfig.from_json(json.loads(file.read_text()))
+        except ValueError as error:
+            raise UsageError(f"{file} cannot be used: {error}") from error
+
+    @property
+    def environment(self) -> dict:
+        """Read env.json."""
+        return json.loads((self.path / "env.json").read_text())
+
+    @property
+    def records(self) -> list[dict]:
+        """Read metrics.jsonl."""
+        return read_metrics(self.path)
+
+    @property
+    def trained_on(self) -> datetime.date:
+        """Return the day of its last checkpoint, which survives a copy of the folder."""
+        saved = (self.path / "checkpoints").glob("*/last/*/_CHECKPOINT_METADATA")
+        times = [json.loads(file.read_text())["commit_timestamp_nsecs"] / 1e9 for file in saved]
+        times = times or [(self.path / "config.json").stat().st_mtime]
+        return datetime.date.fromtimestamp(max(times))
+
+    @contextlib.contextmanager
+    def opened(self, config: RunConfig, *, resume: bool) -> Iterator["RunFolder"]:
+        """Begin or continue a run, and hold the folder against other processes meanwhile.
+
+        An earlier run's files are moved to ``previous-<k>/`` unless the run is resumed. Files that
+        are not ours are left alone.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out {self.path} is a file, not a folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {self.path} cannot be made: {error}") from error
+        with internal.locked(self.path / ".lock"):
+            file = self.path / "config.json"
+            if resume and file.exists():
+                self._check_same(config)
+            else:
+                self._set_aside()
+            _write_json(file, config.to_json())
+            yield self
+
+    def _check_same(self, config: RunConfig) -> None:
+        old = self.config
+        if old.train_examples is None:
+            old = dataclasses.replace(old, train_examples=config.train_examples)
+        if changes := old.changes(config):
+            what = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changes.items())
+            raise UsageError(
+                f"{self.path} holds a run with other settings ({what}): resume it with its own, "
+                "or name another --out"
+            )
+
+    def _set_aside(self) -> None:
+        names = [n for n in (*OURS, *OUR_FOLDERS) if (self.path / n).exists()]
+        if not names:
+            return
+        k = 1
+        while (self.path / f"previous-{k}").exists():
+            k += 1
+        aside = self.path / f"previous-{k}"
+        aside.mkdir()
+        for name in names:
+            shutil.move(self.path / name, aside / name)
+        print(
+            f"An earlier run's files are now in {aside} (to continue a run, start with --resume)."
+        )
+
+    def write_environment(self, **more) -> None:
+        """Write versions and machine, which may explain a difference between two runs."""
+        env = {**machine.host(), "packages": machine.versions(PACKAGES), **more}
+        if (self.path / "env.json").exists():
+            before = self.environment
+            speed, earlier = before.pop("images_per_second"), before.pop("earlier", [])
+            env |= {"images_per_second": speed}
+            if changed := {k: v for k, v in before.items() if env.get(k) != v}:
+                earlier = [*earlier, changed]
+            if earlier:
+                env |= {"earlier": earlier}
+        _write_json(self.path / "env.json", {"images_per_second": {}, **env})
+
+    def write_speed(self, phase: str, images_per_second: float) -> None:
+        """Write how fast a phase trained, evaluations included, compilation not."""
+        env = self.environment
+        env["images_per_second"][phase] = round(images_per_second)
+        _write_json(self.path / "env.json", env)
+
+    def write_diverged(self, message: str) -> None:
+        """Write at which step the training diverged, so that it is not tried again."""
+        step = re.search(r"step (\d+)", message)
+        record = {"step": int(step[1]) if step else 0, "message": message}
+        (self.path / "diverged.json").write_text(json.dumps(record) + "\n")
+
+    def writer(self, phase: str):
+        """Return a callback of `kd2m_jax.fit` that writes a phase's records.
+
+        They replace the records that an earlier attempt at the phase wrote.
+        """
+        file = self.path / "metrics.jsonl"
+        kept = [line for line in self.records if line["phase"] != phase]
+        # A new file, then a rename: killed in between, the old one is still whole.
+        scratch = file.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        scratch.replace(file)
+        events = self.path / "tensorboard" / phase
+        shutil.rmtree(events, ignore_errors=True)
+        tensorboard = SummaryWriter(str(events))
+
+        def write(record: dict) -> None:
+            values = {k: v for k, v in record.items() if k not in ("steps", "replayed")}
+            with file.open("a") as out:
+                out.write(json.dumps({"phase": phase, **values}) + "\n")
+            for key in values.keys() - {"step", "epoch"}:
+                tensorboard.add_scalar(key, record[key], record["step"])
+            if "test_accuracy" in record:
+                tensorboard.flush()
+
+        return write
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict]:
+    """Read a run folder's metrics.jsonl, without a last line that a kill cut off."""
+    file = pathlib.Path(path) / "metrics.jsonl"
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    scratch.replace(path)

@@ -1,0 +1,178 @@
+"""The flags of a training main, and what is checked of them before anything is loaded."""
+
+import dataclasses
+import math
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from experiments.common.cli import Flags, optional
+from experiments.common.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What the student is asked to match, and how strongly."""
+
+    metric: Annotated[
+        str,
+        tyro.conf.arg(
+            help="w2, cw2, jw2, gaussian-w2, kd, ... (README), or none; with options: "
+            "jw2:beta=0.5; a sum: kd+cw2; of the logits: w2@logits."
+        ),
+    ] = "cw2"
+    coef: Annotated[
+        str,
+        tyro.conf.arg(
+            help="Lambda >= 0, in nats per unit of the metric; of a sum: 0.9,1e-3. auto:0.1 "
+            "keeps its gradient at 0.1 of the rest."
+        ),
+    ] = "1e-4"
+    task_coef: float = 1.0
+    """Weight of the cross-entropy, >= 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """Who teaches whom."""
+
+    teacher: str = "resnet34"
+    """resnet8/20/56/8x4/32x4/18/34/50, mlp-64-32."""
+    student: str = "resnet18"
+    """One of the same names."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layer 3x3 or 7x7."""
+    pretrained_teacher: Annotated[str | None, optional("PTH", "random")] = None
+    """.safetensors, .pth, hf:timm/resnet34.tv_in1k."""
+    pretrained_student: Annotated[str | None, optional("PTH", "random")] = None
+    """The same for the student."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How all three networks are trained."""
+
+    protocol: str = "kd2m"
+    """digits, kd2m (paper), crd (longer)."""
+    epochs: Annotated[int | None, optional("INT", "digits 20, kd2m 15, crd 240")] = None
+    """Passes over the data."""
+    batch_size: Annotated[int | None, optional("INT", "digits, kd2m 128; crd 64")] = None
+    """Examples per step, on all devices."""
+    per_class: Annotated[int | None, optional("INT", "any")] = None
+    """Examples per class in a row."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Losses stay float32."""
+    seed: int = 0
+    """Random seed for initialisation, data order and augmentation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where data comes from and results go."""
+
+    data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
+    """Data, fetched if missing."""
+    out: Annotated[str | None, optional("DIR", "runs/<dataset>-<metric>-<seed>")] = None
+    """The run folder."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue what is in --out."""
+    max_steps: Annotated[int | None, optional("INT", "no limit")] = None
+    """Cut each phase, for a trial."""
+    distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One run by several processes."""
+    coordinator: Annotated[str | None, optional("HOST:PORT", "detected")] = None
+    """Process 0's address."""
+    num_processes: Annotated[int | None, optional("INT", "detected")] = None
+    """Number of processes."""
+    process_id: Annotated[int | None, optional("INT", "detected")] = None
+    """This process's, from 0."""
+
+
+# --help shows it in the first box. No box has its docstring, so that all fits on a screen.
+_FIRST = tyro.conf.arg(name="", help="")
+_BOX = tyro.conf.arg(help="")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Flags):
+    """Everything that a training main takes."""
+
+    after_stop: ClassVar[str] = "the same command with --resume continues"
+
+    distillation: Annotated[tyro.conf.OmitArgPrefixes[Distillation], _FIRST] = Distillation()
+    networks: Annotated[tyro.conf.OmitArgPrefixes[Networks], _BOX] = Networks()
+    training: Annotated[tyro.conf.OmitArgPrefixes[Training], _BOX] = Training()
+    run: Annotated[tyro.conf.OmitArgPrefixes[Run], _BOX] = Run()
+
+
+@dataclasses.dataclass(frozen=True)
+class CifarSettings(Settings):
+    """`Settings`, and which of the two CIFARs."""
+
+    dataset: Annotated[
+        Literal["cifar10", "cifar100"],
+        tyro.conf.arg(help="cifar10 or cifar100.", metavar="NAME"),
+    ] = "cifar10"
+
+
+def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
+    """Return the numbers in --coef, or "auto:RATIO" or "published"."""
+    coef = distillation.coef
+    if coef == "published":
+        return (coef,)
+    if coef.startswith("auto"):
+        from kd2m_jax.internal import auto_ratio  # loads JAX
+
+        try:
+            return (f"auto:{auto_ratio(coef):g}",)
+        except ValueError as error:
+            raise UsageError(f"--coef: {error}") from error
+    try:
+        return tuple(float(number) for number in coef.split(","))
+    except ValueError:
+        raise UsageError(f"--coef must be numbers >= 0, got {coef!r}") from None
+
+
+def check(settings: Settings) -> None:
+    """Raise UsageError for what is wrong with the flags, before anything is loaded or made."""
+    from experiments.runs.protocols import PROTOCOLS
+    from kd2m_jax.internal import did_you_mean
+
+    d, t, r = settings.distillation, settings.training, settings.run
+    if t.seed < 0:
+        raise UsageError(f"--seed must be at least 0, got {t.seed}")
+    for flag, values in (("--coef", coefficients(d)), ("--task-coef", (d.task_coef,))):
+        for value in values:
+            if not isinstance(value, str) and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{flag} must be a number >= 0, got {value}")
+    if d.coef.startswith("auto") and d.task_coef == 0:
+        raise UsageError("--coef=auto follows the cross-entropy, and --task-coef is 0")
+    if d.coef == "published" and d.task_coef != 1:
+        raise UsageError("--coef=published brings its own weight of the labels: no --task-coef")
+    terms = d.metric.count("+") + 1
+    if len(coefficients(d)) != terms and not isinstance(coefficients(d)[0], str):
+        raise UsageError(f"--coef needs {terms} numbers for --metric={d.metric}, got {d.coef}")
+    if t.protocol not in PROTOCOLS:
+        raise UsageError(f"unknown protocol {t.protocol!r}: {did_you_mean(t.protocol, PROTOCOLS)}")
+    for flag, value in (
+        ("--epochs", t.epochs),
+        ("--batch-size", t.batch_size),
+        ("--per-class", t.per_class),
+        ("--max-steps", r.max_steps),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}")
+    _check_processes(r)
+
+
+def _check_processes(run: Run) -> None:
+    count, number = run.num_processes, run.process_id
+    given = [value is not None for value in (run.coordinator, count, number)]
+    if any(given) and not (run.distributed and all(given)):
+        raise UsageError(
+            "--coordinator, --num-processes and --process-id come together, with --distributed"
+        )
+    if count is not None and number is not None and not 0 <= number < count:
+        raise UsageError(f"--process-id must be from 0 to {count - 1}, got {number}")
+    if run.coordinator and not run.coordinator.rpartition(":")[2].isdigit():
+        raise UsageError(f"--coordinator must be HOST:PORT, got {run.coordinator}")

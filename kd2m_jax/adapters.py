@@ -1,0 +1,371 @@
+"""One functional protocol for Flax NNX and Linen networks, so that a step can mix them."""
+
+import functools
+import inspect
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kd2m_jax.outputs import Outputs
+
+# The name of the axis that a step runs over on several devices. A network's batch statistics
+# are taken over it wherever it is bound.
+DEVICES = "devices"
+
+
+# What a network's parameters or its state are: any pytree of arrays.
+Tree: TypeAlias = Any
+
+
+class Apply(Protocol):
+    """What `Network.apply` is."""
+
+    def __call__(
+        self, params: Tree, state: Tree, x: Tree, /, *, train: bool, rng: jax.Array | None = None
+    ) -> tuple[Outputs, Tree]:
+        """Return the outputs of a batch, and the state after it."""
+        ...
+
+
+def _pair(params, state):
+    return params, state
+
+
+class Network(NamedTuple):
+    """A network as pure functions.
+
+    Attributes:
+      init: ``(key, x) -> (params, state)``: what the optimizer updates, and what the network
+        itself does (batch statistics). ``x`` is a batch of inputs, of which only the shape and
+        dtype count.
+      apply: ``(params, state, x, *, train, rng) -> (Outputs, new_state)``. ``rng`` feeds
+        dropout and may be None where ``train`` is False.
+      export: ``(params, state) -> model``, the trained model as its users know it: an NNX module
+        in evaluation mode, a Linen module's variables, or by default the pair itself.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def init(key, x):
+      ...     return {"hidden": jnp.ones((x.shape[1], 8)), "head": jnp.ones((8, 3))}, {}
+      >>> def apply(params, state, x, *, train, rng):
+      ...     features = x @ params["hidden"]
+      ...     return Outputs(features, features @ params["head"]), state
+      >>> network, x = Network(init, apply), jnp.ones((2, 4))
+      >>> params, state = network.init(None, x)
+      >>> network.apply(params, state, x, train=False, rng=None)[0].logits.shape
+      (2, 3)
+    """
+
+    init: Callable[[jax.Array | None, Tree], tuple[Tree, Tree]]
+    apply: Apply
+    export: Callable[[Tree, Tree], Any] = _pair
+
+
+Model: TypeAlias = nnx.Module | nn.Module | Network
+
+
+def from_nnx(module: nnx.Module) -> Network:
+    """Wrap a Flax NNX module, which stays as it is: the network works on a copy.
+
+    The module's ``__call__(x)`` returns `Outputs`, or the tuple ``(features, logits)`` or
+    ``(features, logits, maps)``. ``train()`` and ``eval()`` set its mode, dropout draws from the
+    step's key, and BatchNorm is synchronised over devices without being told to.
+
+    Args:
+      module: an initialised (or trained) module.
+
+    Returns:
+      A `Network` whose ``init`` returns the module's own parameters and state: an NNX module
+      is born initialised, so the key is not used.
+
+    Raises:
+      TypeError: when the module is not NNX, or at its first call, when it returns anything else.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> class Tiny(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.hidden, self.head = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         features = nnx.relu(self.hidden(x))
+      ...         return features, self.head(features)
+      >>> network = from_nnx(Tiny(nnx.Rngs(0)))
+      >>> params, state = network.init(jax.random.key(0), jnp.ones((2, 4)))
+      >>> out, state = network.apply(params, state, jnp.ones((2, 4)), train=False, rng=None)
+      >>> out.features.shape, out.logits.shape
+      ((2, 8), (2, 3))
+    """
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"from_nnx takes a flax.nnx.Module instance, got {module!r:.80}")
+    # Random state is split off: its counters and keys do not belong in what devices average.
+    graph, params, rngs, state = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    streams = _Streams(rngs)
+
+    def export(params, state):
+        trained = nnx.merge(graph, params, rngs, state, copy=True)
+        trained.eval()  # what one does with a trained network first is use it
+        return trained
+
+    apply = functools.partial(_apply_nnx, graph, streams, type(module).__name__)
+    return Network(lambda key, x: (params, state), apply, export)
+
+
+class _Streams:
+    """The random streams of an NNX module, compared by value.
+
+    A compiled program may hold them, because they are a few integers and no arrays on a device.
+    """
+
+    def __init__(self, rngs: nnx.State):
+        leaves, self._structure = jax.tree.flatten(rngs)
+        self._kinds = [jax.random.key_impl(x) if is_key(x) else None for x in leaves]
+        self._values = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in leaves]
+        variables = jax.tree.leaves(rngs, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        self.names = sorted({v.tag for v in variables if isinstance(v, nnx.RngKey)})
+        contents = ((str(x.dtype), x.shape, x.tobytes()) for x in self._values)
+        self._compared = (self._structure, tuple(map(str, self._kinds)), tuple(contents))
+
+    def state(self) -> nnx.State:
+        """Return the module's own random state."""
+        pairs = zip(self._values, self._kinds, strict=True)
+        leaves = [
+            x if k is None else jax.random.wrap_key_data(jnp.asarray(x), impl=k) for x, k in pairs
+        ]
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def keys(self, rng: jax.Array) -> dict[str, Any]:
+        """Return a key for each stream: one step's own."""
+        usual = {"default": rng, "params": rng, "dropout": rng}
+        others = (name for name in self.names if name not in usual)
+        return usual | {n: jax.random.fold_in(rng, zlib.crc32(n.encode())) for n in others}
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Streams) and self._compared == other._compared
+
+
+def is_key(x: Any) -> bool:
+    """Return whether an array holds typed PRNG keys."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _apply_nnx(graph, streams: _Streams, name: str, params, state, x, *, train, rng=None):
+    m = nnx.merge(graph, params, streams.state(), state, copy=True)
+    if train:
+        m.train()
+        if rng is not None:
+            nnx.reseed(m, **streams.keys(rng))
+        if _on_devices():
+            for _, sub in nnx.iter_graph(m):
+                if isinstance(sub, nnx.BatchNorm) and sub.axis_name is None:
+                    sub.axis_name = DEVICES
+    else:
+        m.eval()
+    out = _outputs(m(x), name)
+    return out, nnx.split(m, nnx.Param, nnx.RngState, ...)[3]
+
+
+def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
+    """Wrap a Flax Linen module.
+
+    Its ``__call__`` returns what `from_nnx` describes, and takes ``train`` or ``training`` (or
+    ``deterministic``, the opposite) if its behaviour depends on the mode. Dropout draws from
+    the step's key, and BatchNorm is synchronised over devices without being told to.
+
+    Args:
+      module: the module.
+      variables: trained variables, as ``module.init`` returns them; without them ``init`` draws
+        fresh ones.
+
+    Returns:
+      A `Network`.
+
+    Raises:
+      TypeError: when the module is not Linen, or at its first call, when it returns anything
+        but the above.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> class Tiny(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x, train: bool):
+      ...         features = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
+      ...         return features, nn.Dense(3)(features)
+      >>> network = from_linen(Tiny())
+      >>> params, state = network.init(jax.random.key(0), jnp.ones((2, 4)))
+      >>> out, state = network.apply(params, state, jnp.ones((2, 4)), train=True, rng=None)
+      >>> out.features.shape, list(state)
+      ((2, 8), ['batch_stats'])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"from_linen takes a flax.linen.Module instance, got {module!r:.80}")
+
+    def init(key, x):
+        if variables is None:
+            keys: dict[str, Any] = dict(
+                zip(("params", "dropout"), jax.random.split(key), strict=True)
+            )
+            fresh = module.init(keys, x, **_mode(module, train=False))
+        else:
+            fresh = variables
+        return fresh["params"], {k: v for k, v in fresh.items() if k != "params"}
+
+    def export(params, state):
+        return {"params": params, **state}
+
+    return Network(init, functools.partial(_apply_linen, module), export)
+
+
+def _mode(module: nn.Module, *, train: bool) -> dict[str, Any]:
+    """Return the arguments that tell a Linen module its mode, as far as it takes them."""
+    accepted = inspect.signature(type(module).__call__).parameters
+    modes = {"train": train, "training": train, "deterministic": not train}
+    return {name: value for name, value in modes.items() if name in accepted}
+
+
+def _apply_linen(module: nn.Module, params, state, x, *, train, rng=None):
+    variables, mode, name = {"params": params, **state}, _mode(module, train=train), type(module)
+    if not train:
+        return _outputs(module.apply(variables, x, **mode), name.__name__), state
+    # A stream that has no key of its own draws from "params", so any named one advances.
+    rngs = {} if rng is None else {"dropout": rng, "params": jax.random.fold_in(rng, 1)}
+    with nn.intercept_methods(_synchronise):
+        out, new_state = module.apply(variables, x, **mode, rngs=rngs, mutable=list(state))
+    return _outputs(out, name.__name__), dict(new_state)
+
+
+def as_network(model: Model) -> Network:
+    """Return a `Network` as it is, and a Flax module wrapped; TypeError for anything else."""
+    if isinstance(model, Network):
+        return model
+    if isinstance(model, nnx.Module):
+        return from_nnx(model)
+    if isinstance(model, nn.Module):
+        return from_linen(model)
+    raise TypeError(
+        "a model is a flax.nnx.Module, a flax.linen.Module or a kd2m_jax.Network, got "
+        f"{type(model).__name__}"
+    )
+
+
+class _Projector(nnx.Module):
+    """The student's features into another size, and its last map into other channels."""
+
+    def __init__(self, like: Outputs, dim: int | None, channels: int | None, rngs: nnx.Rngs):
+        layers: list[Any] = [None, None, None]
+        if dim:
+            layers[0] = nnx.Linear(like.features.shape[-1], dim, rngs=rngs)
+        if channels:
+            width = like.maps[-1].shape[-1]
+            layers[1] = nnx.Conv(width, channels, (1, 1), use_bias=False, rngs=rngs)
+            layers[2] = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+        self.linear, self.conv, self.norm = layers
+
+    def __call__(self, out: Outputs) -> Outputs:
+        if self.linear is not None:
+            out = out._replace(features=self.linear(out.features))
+        if self.conv is not None and self.norm is not None:
+            last = nnx.relu(self.norm(self.conv(out.maps[-1])))
+            out = out._replace(maps=(*out.maps[:-1], last))
+        return out
+
+
+def projected(student: Model, dim: int | None = None, *, channels: int | None = None) -> Network:
+    """Give a student a projector into the teacher's feature size, trained along with it.
+
+    The projector sees to it that features (or maps) of unequal sizes can be matched. It is part
+    of the parameters and the state, so of the optimizer, of gradient clipping and of
+    checkpoints; the student's logits do not pass through it, and ``export`` leaves it out.
+
+    Args:
+      student: a Flax NNX or Linen module, or a `Network`.
+      dim: the teacher's feature size d: a linear layer maps ``[n, d_s]`` features to ``[n, d]``.
+        None leaves the features as they are.
+      channels: the teacher's channels c: a 1x1 convolution, BatchNorm and ReLU map the last of
+        the student's maps to ``[n, h, w, c]``, as WKD-F has it. None leaves the maps.
+
+    Returns:
+      A `Network` with parameters ``(student's, projector's)`` and state likewise.
+
+    Raises:
+      ValueError: neither size given, one below 1, or channels for a student without maps.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from kd2m_jax import models
+      >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
+      >>> network, x = projected(net, 32), jnp.ones((2, 4))
+      >>> params, state = network.init(jax.random.key(0), x)
+      >>> network.apply(params, state, x, train=False, rng=None)[0].features.shape
+      (2, 32)
+      >>> network.export(params, state)(x).features.shape
+      (2, 8)
+
+    References:
+      FitNets (Romero et al., ICLR 2015); for maps, Lv et al., NeurIPS 2024 (WKD-F).
+    """
+    if (not dim and not channels) or min(dim or 1, channels or 1) < 1:
+        raise ValueError(f"projected needs a size of at least 1, got {dim=} and {channels=}")
+    inner = as_network(student)
+
+    sizes = (dim, channels)
+
+    def init(key, x):
+        inner_key, own_key = jax.random.split(key)
+        params, state = inner.init(inner_key, x)
+        like = jax.eval_shape(lambda x: inner.apply(params, state, x, train=False, rng=None)[0], x)
+        own_params, own_state = from_nnx(_projector(sizes, like, own_key)).init(None, None)
+        return (params, own_params), (state, own_state)
+
+    apply = functools.partial(_apply_projected, inner.apply, sizes)
+    return Network(init, apply, lambda params, state: inner.export(params[0], state[0]))
+
+
+def _projector(sizes: tuple[int | None, int | None], like: Outputs, key=None) -> _Projector:
+    """Make the projector for such outputs; without a key its structure alone."""
+    if sizes[1] and not like.maps:
+        raise ValueError("channels projects the last of the student's maps, and it has none")
+    if key is None:
+        return nnx.eval_shape(lambda: _Projector(like, *sizes, nnx.Rngs(0)))
+    return _Projector(like, *sizes, nnx.Rngs(key))
+
+
+def _apply_projected(inner: Apply, sizes, params, state, x, *, train, rng=None):
+    out, new_state = inner(params[0], state[0], x, train=train, rng=rng)
+    own = from_nnx(_projector(sizes, out))
+    out, own_state = own.apply(params[1], state[1], out, train=train, rng=None)
+    return out, (new_state, own_state)
+
+
+def _synchronise(call, args, kwargs, context):
+    """Linen interceptor: BatchNorm takes its statistics over all devices."""
+    m = context.module
+    if isinstance(m, nn.BatchNorm) and m.axis_name is None and _on_devices():
+        object.__setattr__(m, "axis_name", DEVICES)  # a bound module is a copy for this call
+    return call(*args, **kwargs)
+
+
+def _on_devices() -> bool:
+    """Whether this is traced inside a step over several devices."""
+    try:
+        jax.lax.axis_size(DEVICES)
+    except NameError:
+        return False
+    return True
+
+
+def _outputs(out: Any, name: str) -> Outputs:
+    if isinstance(out, tuple) and 2 <= len(out) <= 3:
+        return Outputs(*out)
+    raise TypeError(
+        f"{name} must return kd2m_jax.Outputs, (features, logits) or (features, "
+        f"logits, maps), got {type(out).__name__}: have it return its penultimate features too"
+    )

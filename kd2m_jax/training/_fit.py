@@ -1,0 +1,277 @@
+"""Distillation with your own model, teacher and data: fit()."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack, overload
+
+import optax
+from flax import linen as nn
+from flax import nnx
+
+from kd2m_jax.adapters import Model, Network
+from kd2m_jax.training._batches import Arrays
+from kd2m_jax.training._plan import AnyMetric, Preprocess, Students, check_numbers, make_plan
+from kd2m_jax.training._progress import shown
+from kd2m_jax.training._records import Record
+from kd2m_jax.training._session import session
+from kd2m_jax.training._step import Coef, TrainState
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class FitResult(NamedTuple, Generic[M]):
+    """What `fit` returns; of a population, a list of these.
+
+    Attributes:
+      student: the trained student: an NNX module, in evaluation mode, for an NNX module, the dict
+        of variables for a Linen one, without the projector of `projected`; the pair
+        ``(params, state)`` for a `Network` of your own. The last epoch's.
+      best: the same, of the epoch with the best test accuracy (the last without ``eval_data``).
+      history: the records that the callbacks got, oldest first.
+      state: the final `TrainState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from kd2m_jax import models
+      >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
+      >>> x, labels = jnp.ones((8, 4)), jnp.zeros(8, int)
+      >>> result = fit(net, (x, labels), epochs=1, batch_size=8)
+      >>> result.student(x).features.shape, result.history[-1]["step"]
+      ((8, 8), 1)
+    """
+
+    student: M
+    best: M
+    history: list[Record]
+    state: TrainState
+
+    def __repr__(self) -> str:
+        """Return one line, because the arrays would fill screens."""
+        tests = [r["test_accuracy"] for r in self.history if "test_accuracy" in r]
+        last = f", last test_accuracy {tests[-1]:.3f}" if tests else ""
+        return f"FitResult({type(self.student).__name__}, {len(self.history)} records{last})"
+
+
+class _Options(TypedDict, total=False):
+    """The arguments of `fit` whose types do not decide what it returns."""
+
+    teacher: Model | None
+    teacher_variables: object
+    task_coef: Coef
+    optimizer: optax.GradientTransformation | None
+    epochs: int
+    batch_size: int
+    per_class: int | None
+    eval_data: Arrays | None
+    preprocess: Preprocess | None
+    callbacks: Sequence[Callable[[Record], object]]
+    log_every: int
+    checkpoint_dir: str | os.PathLike | None
+    save_every: float
+    progress: bool | None
+    seed: int
+    max_steps: int | None
+    devices: Sequence[object] | None
+
+
+@overload
+def fit(
+    student: M,
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: AnyMetric = None,
+    coef: Coef | str = 1.0,
+    **options: Unpack[_Options],
+) -> FitResult[M]: ...
+@overload
+def fit(
+    student: nn.Module | Network,
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: AnyMetric = None,
+    coef: Coef | str = 1.0,
+    **options: Unpack[_Options],
+) -> FitResult[Any]: ...
+@overload
+def fit(
+    student: Sequence[Model],
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: AnyMetric | Sequence[AnyMetric] = None,
+    coef: Coef | str | Sequence[Coef | str] = 1.0,
+    **options: Unpack[_Options],
+) -> list[FitResult[Any]]: ...
+@overload
+def fit(
+    student: Model,
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: Sequence[AnyMetric],
+    coef: Coef | str | Sequence[Coef | str] = 1.0,
+    **options: Unpack[_Options],
+) -> list[FitResult[Any]]: ...
+@overload
+def fit(
+    student: Model,
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: AnyMetric = None,
+    coef: Sequence[Coef | str],
+    **options: Unpack[_Options],
+) -> list[FitResult[Any]]: ...
+def fit(
+    student: Model | Sequence[Model],
+    data: Arrays | Iterable[Arrays],
+    *,
+    teacher: Model | None = None,
+    teacher_variables: object = None,
+    metric: AnyMetric | Sequence[AnyMetric] = None,
+    coef: Coef | str | Sequence[Coef | str] = 1.0,
+    task_coef: Coef = 1.0,
+    optimizer: optax.GradientTransformation | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    per_class: int | None = None,
+    eval_data: Arrays | None = None,
+    preprocess: Preprocess | None = None,
+    callbacks: Sequence[Callable[[Record], object]] = (),
+    log_every: int = 50,
+    checkpoint_dir: str | os.PathLike | None = None,
+    save_every: float = 60.0,
+    progress: bool | None = None,
+    seed: int = 0,
+    max_steps: int | None = None,
+    devices: Sequence[object] | None = None,
+) -> FitResult[Any] | list[FitResult[Any]]:
+    """Train a student, or several in one program, alone or against a frozen teacher.
+
+    Arrays live on the device for the whole run: they are shuffled there once an epoch, and each
+    step gathers its batch and applies ``preprocess`` in the same program. The step runs under
+    pmap over all devices. After ``jax.distributed.initialize`` these are the devices of all
+    processes: each calls ``fit`` with the same arguments, computes its part of each batch and of
+    the evaluation, and returns the same result; the first one alone reads and writes checkpoints.
+
+    A population: where ``student``, ``metric`` or ``coef`` are lists, as many students as they are
+    long (each with the one that is no list) see the same batches in one program, which computes
+    the teacher once for all of them. Each ends as it would alone.
+
+    Args:
+      student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
+        returns `Outputs` or ``(features, logits)``.
+      data: ``(x, labels)`` arrays (``x [n, ...]`` of any dtype, labels ``[n]`` integers), or an
+        iterable of such batches that can be iterated once an epoch. One that never ends is one
+        endless epoch: give ``max_steps``. Without a ``len`` the default learning rate is constant,
+        unless ``max_steps`` says where it ends.
+      teacher: the frozen network, or None.
+      teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
+        an NNX module brings its own.
+      metric: a name from ``losses.METRICS`` or a `losses.Metric`; None for cross-entropy alone.
+      coef: >= 0, lambda, a number or an optax schedule of the step; or "auto:RATIO", which keeps
+        its part of the gradient at RATIO times the cross-entropy's (see `make_train_step`).
+      task_coef: >= 0, the weight of the cross-entropy.
+      optimizer: an optax optimizer; Adam with a cosine from 1e-3 to 0 by default.
+      epochs: passes over the data.
+      batch_size: global, over all devices; of arrays. An epoch drops the incomplete last batch.
+      per_class: build batches of arrays from runs of so many examples of one class, so that a
+        conditional metric has more than one to look at; it must divide the batch size. None
+        shuffles freely. Examples that do not fill a run sit an epoch out.
+      eval_data: ``(x, labels)`` arrays to evaluate on after each epoch.
+      preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key an
+        example in training (augmentation), None in evaluation.
+      callbacks: called with a copy of each record: a dict with ``step``, ``epoch``, ``steps``
+        (total, None if unknown), ``loss``, ``task_loss`` (nats), ``train_accuracy``, with a
+        teacher ``distillation_loss`` and ``coef`` (means since the last record), at the end of an
+        epoch with eval_data ``test_loss`` and ``test_accuracy`` (over all examples); of a
+        population also with ``student``, its number from 0. The records of a resumed run are
+        handed over again, first, with ``replayed: True``.
+      log_every: steps from one record to the next.
+      checkpoint_dir: where to keep the last and the best checkpoint. A run that finds one there
+        continues from it, in the middle of an epoch if need be, to the same result to the bit
+        (CPU, same devices). Of an iterable it draws and discards the batches already used, so
+        that holds for one that gives the same batches again.
+      save_every: seconds, >= 0. The run is saved after a call of the program when the last save
+        is older than that, within an epoch too; 0 saves after every call. It is also saved at the
+        end, on SIGTERM, on Ctrl-C, and when data or a callback raises. It decides no result.
+      progress: whether to show a bar with throughput, losses, test accuracy and time left. None
+        shows it in a terminal or a notebook.
+      seed: decides initialisation (of Linen students, of a population's all alike: an NNX module
+        brings its own), order, augmentation and dropout.
+      max_steps: stop after so many steps, for smoke runs.
+      devices: the devices to run on; all of them, of all processes, by default.
+
+    Returns:
+      A `FitResult`; where something is a list, a list of them.
+
+    Raises:
+      ValueError: lists of unequal lengths, epochs or batch_size below 1, a negative save_every, a
+        batch larger than the data or not divisible by the number of devices, labels of arrays
+        below 0, data that is one array, a teacher without a metric or the reverse;
+        CheckpointError, which is one, for a checkpoint of another network or made with another
+        seed, batch size, number of examples, metric or coef, and for a folder that cannot be
+        written or is in use by another process.
+      TypeError: a model that is none of the three kinds.
+      NonFiniteLoss: the loss became NaN or infinite; names the step.
+      Stopped: with a checkpoint folder, on SIGTERM: the step is finished and saved first. A
+        SystemExit of status 143, so a program that does not catch it ends there. Ctrl-C does the
+        same and raises KeyboardInterrupt; a second one does not wait for the step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from kd2m_jax import fit, models
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+      >>> labels = (x[:, 0] > 0).astype(int)
+      >>> teacher = fit(models.MLP((32,), 2, in_features=4, rngs=nnx.Rngs(0)), (x, labels),
+      ...               epochs=2, batch_size=32).student
+      >>> result = fit(models.MLP((32,), 2, in_features=4, rngs=nnx.Rngs(1)), (x, labels),
+      ...              teacher=teacher, metric="cw2", coef=0.1, epochs=2, batch_size=32)
+      >>> result.history[-1]["step"], type(result.student).__name__
+      (4, 'MLP')
+    """
+    check_numbers(
+        epochs=epochs,
+        batch_size=batch_size,
+        log_every=log_every,
+        per_class=per_class,
+        save_every=save_every,
+    )
+    students = Students.of(student, metric, coef, has_teacher=teacher is not None)
+    plan = make_plan(
+        students,
+        data,
+        teacher=teacher,
+        teacher_variables=teacher_variables,
+        task_coef=task_coef,
+        optimizer=optimizer,
+        epochs=epochs,
+        batch_size=batch_size,
+        per_class=per_class,
+        eval_data=eval_data,
+        preprocess=preprocess,
+        callbacks=callbacks,
+        log_every=log_every,
+        checkpoint_dir=checkpoint_dir,
+        save_every=save_every,
+        seed=seed,
+        max_steps=max_steps,
+        devices=devices,
+    )
+    with shown(plan, progress), session(plan) as run:
+        while run.epoch < epochs and not run.stopped_short:
+            whole = True
+            for rows, arrays in plan.batches.epoch(
+                run.epoch, plan.steps_per_call, skip=run.position
+            ):
+                whole = not run.stopped_short
+                if not whole:
+                    break
+                run.run(rows, arrays)
+            run.end_epoch(whole=whole)
+    results = [
+        FitResult(network.export(*state.variables), network.export(*best), log.history, state)
+        for network, state, best, log in zip(
+            plan.networks, run.states, run.best, plan.records, strict=True
+        )
+    ]
+    return results if plan.is_population else results[0]

@@ -1,0 +1,158 @@
+"""The training step on several devices: one body under pmap and under shard_map."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import optax
+from jax.sharding import AxisType, PartitionSpec
+
+from kd2m_jax.adapters import DEVICES, Network
+from kd2m_jax.losses import Metric, MetricSum
+from kd2m_jax.training._step import Coef, Step, apart, step_body
+
+
+def pmap_step(
+    student: Network,
+    teacher: Network | None,
+    optimizer: optax.GradientTransformation,
+    *,
+    metric: Metric | MetricSum | str | None,
+    coef: Coef | str = 1.0,
+    task_coef: Coef = 1.0,
+    devices: Sequence[object] | None = None,
+) -> Step:
+    """`make_train_step` over this process's devices with ``jax.pmap``.
+
+    Takes and returns what `make_train_step`'s step does, unreplicated: the batch is split over
+    the devices, everything else is the same on all of them. The metric sees the whole batch and
+    BatchNorm is synchronised, so the result does not depend on the number of devices (dropout
+    draws apart).
+
+    Args:
+      student: the network to train.
+      teacher: the frozen network, or None.
+      optimizer: an optax optimizer.
+      metric: as in `make_train_step`.
+      coef: as in `make_train_step`.
+      task_coef: as in `make_train_step`.
+      devices: the devices to use; all local ones by default.
+
+    Returns:
+      ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``, x ``[n, ...]`` and labels
+      ``[n]`` the whole batch.
+
+    Raises:
+      ValueError: when called with a batch that the number of devices does not divide.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from kd2m_jax import from_nnx, init_state, models
+      >>> network = from_nnx(models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0)))
+      >>> x, labels, optimizer = jnp.ones((8, 4)), jnp.zeros(8, int), optax.sgd(0.1)
+      >>> step = pmap_step(network, network, optimizer, metric="w2", coef=0.1)
+      >>> state = init_state(network, optimizer, x, key=jax.random.key(0))
+      >>> state, metrics = step(state, network.init(None, x), (x, labels))
+      >>> print(state.step)
+      1
+    """
+    body = step_body(
+        student, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+    )
+    devices = list(devices or jax.local_devices())
+    mapped = jax.pmap(
+        body,
+        axis_name=DEVICES,
+        in_axes=(None, None, 0),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=0,
+    )
+
+    def step(state, teacher_variables, batch):
+        _check_divisible(batch, len(devices))
+        split = jax.tree.map(
+            lambda a: a.reshape(len(devices), a.shape[0] // len(devices), *a.shape[1:]), batch
+        )
+        return mapped(state, teacher_variables, split)
+
+    return apart(step)
+
+
+def shard_map_step(
+    student: Network,
+    teacher: Network | None,
+    optimizer: optax.GradientTransformation,
+    *,
+    metric: Metric | MetricSum | str | None,
+    coef: Coef | str = 1.0,
+    task_coef: Coef = 1.0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Step:
+    """`make_train_step` over a mesh with ``jax.shard_map``, the successor of pmap.
+
+    The same body as `pmap_step`, with the same results. On several hosts call
+    ``jax.distributed.initialize`` first and pass global arrays, as
+    ``jax.make_array_from_process_local_data`` makes them from each host's part of the batch.
+
+    Args:
+      student: the network to train.
+      teacher: the frozen network, or None.
+      optimizer: an optax optimizer.
+      metric: as in `make_train_step`.
+      coef: as in `make_train_step`.
+      task_coef: as in `make_train_step`.
+      mesh: a mesh with one axis called "devices"; all devices of all hosts by default.
+
+    Returns:
+      ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``, x ``[n, ...]`` and labels
+      ``[n]`` the whole batch.
+
+    Raises:
+      ValueError: when called with a batch that the number of devices does not divide, or for a
+        mesh with other axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from kd2m_jax import from_nnx, init_state, models
+      >>> network = from_nnx(models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0)))
+      >>> x, labels, optimizer = jnp.ones((8, 4)), jnp.zeros(8, int), optax.sgd(0.1)
+      >>> step = shard_map_step(network, network, optimizer, metric="w2", coef=0.1)
+      >>> state = init_state(network, optimizer, x, key=jax.random.key(0))
+      >>> state, metrics = step(state, network.init(None, x), (x, labels))
+      >>> print(state.step)
+      1
+    """
+    if mesh is None:
+        mesh = jax.make_mesh((jax.device_count(),), (DEVICES,), axis_types=(AxisType.Auto,))
+    if mesh.axis_names != (DEVICES,):
+        raise ValueError(f"the mesh needs the one axis {DEVICES!r}, got {mesh.axis_names}")
+    body = step_body(
+        student, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+    )
+    everywhere, split = PartitionSpec(), PartitionSpec(DEVICES)
+    # check_vma=False: with it, shard_map itself inserts sums into the gradient of a gathered
+    # loss, which comes out too large by the number of devices (measured on jax 0.10 and 0.12).
+    mapped: Callable = jax.jit(
+        jax.shard_map(
+            body,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, split),
+            out_specs=everywhere,
+            check_vma=False,
+        ),
+        donate_argnums=0,
+    )
+
+    def step(state, teacher_variables, batch):
+        _check_divisible(batch, mesh.size)
+        return mapped(state, teacher_variables, batch)
+
+    return apart(step)
+
+
+def _check_divisible(batch, devices: int) -> None:
+    n = batch[1].shape[0]
+    if n % devices:
+        raise ValueError(f"a batch of {n} does not split evenly over {devices} devices")

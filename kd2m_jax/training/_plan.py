@@ -1,0 +1,265 @@
+"""From the arguments of `fit` to a checked, frozen plan of its run."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kd2m_jax.adapters import DEVICES, Model, Network, as_network, from_nnx
+from kd2m_jax.losses import Metric, MetricSum
+from kd2m_jax.training._batches import Arrays, Batches, steps_per_call
+from kd2m_jax.training._evaluation import evaluators
+from kd2m_jax.training._programs import shared
+from kd2m_jax.training._records import Record, Records
+from kd2m_jax.training._step import Body, Coef, TrainState, init_state, step_body
+
+AnyMetric: TypeAlias = Metric | MetricSum | str | None
+
+# (x, keys) -> x: what happens to inputs inside the program; keys is None in evaluation.
+Preprocess: TypeAlias = Callable[[jax.Array, jax.Array | None], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run of `fit`: what it trains, with which program, on what, and where it is kept.
+
+    Attributes:
+      networks: the students.
+      is_population: whether they are a list, and not one.
+      states: their states before the first step, on all devices.
+      teacher_variables: the teacher's, on all devices, or None.
+      program: ``(states, teacher_variables, rows, arrays) -> (states, metrics)``, some steps.
+      batches: where batches come from.
+      evaluate: for each student a function from its variables to its scores.
+      records: for each student where its metrics go.
+      settings: what a resumed run must have in common with the one that it continues.
+      total: how many steps there are, if that is known.
+    """
+
+    networks: list[Network]
+    is_population: bool
+    states: list[TrainState]
+    teacher_variables: Any
+    program: Callable
+    batches: Batches
+    evaluate: list[Callable[[Any], Record]]
+    records: list[Records]
+    settings: dict
+    total: int | None
+    epochs: int
+    max_steps: int | None
+    log_every: int
+    steps_per_call: int
+    checkpoint_dir: str | os.PathLike | None
+    save_every: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Students:
+    """The students of one program: lists of one length.
+
+    Attributes:
+      models: what the caller trains.
+      metrics: what each compares with the teacher.
+      coefs: the weight of that.
+      is_population: whether the caller gave a list.
+    """
+
+    models: list[Model]
+    metrics: list[AnyMetric]
+    coefs: list[Coef | str]
+    is_population: bool
+
+    @classmethod
+    def of(cls, student, metric, coef, *, has_teacher: bool) -> "Students":
+        """Give what is no list to all students; ValueError where lists or teacher do not fit."""
+        several = (list, tuple)  # exactly: a Network is a NamedTuple
+        lengths = {len(g) for g in (student, metric, coef) if type(g) in several}
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError("lists of students, metrics and coefs differ in length or are empty")
+        (count,) = lengths or {1}
+        models, metrics, coefs = (
+            list(g) if type(g) in several else [g] * count for g in (student, metric, coef)
+        )
+        without = {metric is None or metric == "none" for metric in metrics}
+        if len(without) > 1:
+            raise ValueError(
+                "metric none among others: the students of a population all have the teacher, or "
+                "none has; coef 0 leaves a metric without effect"
+            )
+        if without == {has_teacher}:
+            missing = "metric" if has_teacher else "teacher"
+            raise ValueError(
+                f"a teacher and a metric to compare with it come together, and {missing} is missing"
+            )
+        return cls(models=models, metrics=metrics, coefs=coefs, is_population=bool(lengths))
+
+
+def check_numbers(
+    *, epochs: int, batch_size: int, log_every: int, per_class: int | None, save_every: float
+) -> None:
+    """Raise ValueError for a number that is out of range."""
+    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("log_every", log_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if per_class is not None and (per_class < 1 or batch_size % per_class):
+        raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
+    if not save_every >= 0:
+        raise ValueError(f"save_every must be >= 0 seconds, got {save_every}")
+
+
+def make_plan(
+    students: Students,
+    data: Arrays | Iterable[Arrays],
+    *,
+    teacher: Model | None,
+    teacher_variables: Any,
+    task_coef: Coef,
+    optimizer: optax.GradientTransformation | None,
+    epochs: int,
+    batch_size: int,
+    per_class: int | None,
+    eval_data: Arrays | None,
+    preprocess: Preprocess | None,
+    callbacks: Sequence[Callable[[Record], object]],
+    log_every: int,
+    checkpoint_dir: str | os.PathLike | None,
+    save_every: float,
+    seed: int,
+    max_steps: int | None,
+    devices: Sequence[Any] | None,
+) -> Plan:
+    """Check the arguments of `fit`, put what stays on the devices there, and make the program."""
+    devices = list(devices or jax.devices())
+    here = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()]
+    preprocess = preprocess or _unchanged
+    # Everything on every device once, rather than at each call; of this process's, because that
+    # is what pmap takes.
+    mesh = Mesh(np.array(devices)[here], (DEVICES,))
+    place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
+    networks = [as_network(student) for student in students.models]
+    if teacher is not None:
+        teacher_variables = place(variables_of(teacher, teacher_variables))
+    batches = Batches(data, batch_size, seed, len(devices), per_class, place, here)
+    total = _total_steps(batches, epochs, max_steps)
+    if optimizer is None:
+        schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
+        optimizer = optax.adam(schedule)
+    frozen = None if teacher is None else as_network(teacher)
+    bodies = _bodies(networks, students, frozen, optimizer, task_coef)
+    sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
+    sample, key = jnp.zeros(sample.shape, sample.dtype), jax.random.key(seed)
+    return Plan(
+        networks=networks,
+        is_population=students.is_population,
+        states=place([init_state(network, optimizer, sample, key=key) for network in networks]),
+        teacher_variables=teacher_variables,
+        program=shared(_mapped, bodies, preprocess, tuple(devices)),
+        batches=batches,
+        evaluate=evaluators(networks, eval_data, preprocess, mesh),
+        records=_records(students, callbacks, has_teacher=teacher is not None, total=total),
+        settings=_settings(batches, seed, students),
+        total=total,
+        epochs=epochs,
+        max_steps=max_steps,
+        log_every=log_every,
+        steps_per_call=1 if max_steps else steps_per_call(devices[here[0]], batches),
+        checkpoint_dir=checkpoint_dir,
+        save_every=save_every,
+    )
+
+
+def _bodies(networks, students: Students, teacher, optimizer, task_coef: Coef) -> list[Body]:
+    return [
+        step_body(
+            network, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+        )
+        for network, metric, coef in zip(networks, students.metrics, students.coefs, strict=True)
+    ]
+
+
+def _records(students: Students, callbacks, *, has_teacher: bool, total) -> list[Records]:
+    return [
+        Records(
+            callbacks,
+            has_teacher=has_teacher,
+            total=total,
+            student=i if students.is_population else None,
+        )
+        for i in range(len(students.models))
+    ]
+
+
+def _unchanged(x, keys):
+    return x
+
+
+def _settings(batches: Batches, seed: int, students: Students) -> dict:
+    """Return what a resumed run keeps, besides the arrays' shapes."""
+    settings = {"seed": seed, **batches.settings}
+    settings["metric"] = [str(getattr(m, "label", m)).replace("_", "-") for m in students.metrics]
+    if not any(map(callable, students.coefs)):  # a schedule cannot be compared
+        settings["coef"] = [c if isinstance(c, str) else float(c) for c in students.coefs]  # pyright: ignore[reportArgumentType]
+    return settings
+
+
+def variables_of(model: Model, variables: Any) -> Any:
+    """Return ``(params, state)`` of a trained model."""
+    if isinstance(variables, Mapping) and "params" in variables:
+        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    if variables is not None:
+        return variables
+    if isinstance(model, nnx.Module):
+        return from_nnx(model).init(None, None)
+    raise ValueError(
+        "teacher_variables is needed: only an NNX module brings its own trained variables"
+    )
+
+
+def _mapped(bodies: Sequence[Body], preprocess: Preprocess, devices: Sequence[Any]):
+    """Map steps over the devices. They take their batches from arrays that lie there."""
+
+    def one(states, teacher_variables, rows, arrays):
+        state = states[0]  # all have the same key and step
+        x, labels = (a[rows] for a in arrays)
+        # One key per example, so that augmentation does not depend on the number of devices. The
+        # step itself draws from the keys 0 and 1 that split() makes of the same one.
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+        batch = (preprocess(x, keys), labels)
+        # Each computes the teacher on the same batch; XLA sees that and does it once.
+        done = [
+            body(state, teacher_variables, batch)
+            for body, state in zip(bodies, states, strict=True)
+        ]
+        return [state for state, _ in done], [metrics for _, metrics in done]
+
+    def several(states, teacher_variables, rows, arrays):
+        if len(rows) == 1:  # without the loop: see steps_per_call
+            states, metrics = one(states, teacher_variables, rows[0], arrays)
+            return states, jax.tree.map(lambda m: m[None], metrics)
+        return jax.lax.scan(lambda s, r: one(s, teacher_variables, r, arrays), states, rows)
+
+    return jax.pmap(
+        several,
+        axis_name=DEVICES,
+        in_axes=(None, None, 1, None),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=0,
+    )
+
+
+def _total_steps(batches: Batches, epochs: int, max_steps: int | None) -> int | None:
+    if batches.steps_per_epoch is None:
+        return max_steps
+    steps = batches.steps_per_epoch * epochs
+    return steps if max_steps is None else min(steps, max_steps)

@@ -1,0 +1,113 @@
+"""What decides a run's result: config.json to and fro, and the teacher's name in the cache."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import digits
+from experiments.common.errors import UsageError
+from experiments.data.load import load
+from experiments.runs.build import build
+from experiments.runs.configuration import ABSENT, RunConfig, configuration
+from experiments.runs.folder import RunFolder
+from experiments.runs.settings import Distillation
+
+# What this version's predecessors wrote, to the byte.
+WRITTEN = """{
+  "dataset": "digits",
+  "data_sha256": "DATA",
+  "train_examples": 1347,
+  "preprocessing": "mean (4.884,), std (6.016,), crop 0, flip False",
+  "metric": "kd",
+  "coef": [
+    "published"
+  ],
+  "task_coef": 0.1,
+  "teacher": "resnet8",
+  "student": "mlp-32-64",
+  "stem": "cifar",
+  "pretrained_teacher": null,
+  "teacher_sha256": null,
+  "pretrained_student": null,
+  "student_sha256": null,
+  "protocol": "digits",
+  "optimizer": "SGD 0.1, momentum 0.9, cosine to 0",
+  "epochs": 20,
+  "batch_size": 128,
+  "per_class": null,
+  "precision": "f32",
+  "seed": 0,
+  "max_steps": null,
+  "published": {
+    "coef": 0.9,
+    "task_coef": 0.1,
+    "decay_from": 1.0
+  },
+  "parameters": {
+    "teacher": 77754,
+    "student": 4842
+  }
+}
+"""
+
+
+def settings(metric="cw2", coef="1e-3"):
+    return dataclasses.replace(digits.DEFAULTS, distillation=Distillation(metric, coef))
+
+
+def test_config_json_keeps_its_bytes(tmp_path):
+    plan = build(settings("kd", "published"), load("digits"))
+    with RunFolder(tmp_path).opened(plan.config, resume=False) as folder:
+        text = (tmp_path / "config.json").read_text()
+        assert text == WRITTEN.replace("DATA", plan.config.data_sha256)
+        assert folder.config == plan.config  # and is read back
+
+
+def test_weights_that_are_not_published_are_not_written():
+    config = configuration(settings(), load("digits"))
+    assert "published" not in config.to_json()
+    assert config.to_json()["coef"] == [0.001]
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def old_folder(path, config, lacks):
+    """The folder of a run that was made before some keys were written down."""
+    path.mkdir()
+    content = {key: value for key, value in config.to_json().items() if key not in lacks}
+    (path / "config.json").write_text(json.dumps(content))
+    return RunFolder(path)
+
+
+def test_a_run_from_before_a_key_was_written_down_is_resumed(tmp_path):
+    config = build(settings(), load("digits")).config
+    lacks = [key for key in ABSENT if ABSENT[key] == getattr(config, key)]
+    assert {"stem", "per_class", "pretrained_teacher"} <= set(lacks)
+    folder = old_folder(tmp_path / "run", config, [*lacks, "train_examples"])
+    with folder.opened(config, resume=True):
+        assert folder.config == config
+    assert not list(tmp_path.glob("run/previous-*"))
+
+
+def test_an_absent_key_means_what_the_code_did_then(tmp_path):
+    config = build(settings(), load("digits")).config
+    folder = old_folder(tmp_path / "run", config, ["stem", "per_class"])
+    now = dataclasses.replace(config, stem="imagenet", per_class=4)
+    what = r"stem cifar -> imagenet, per_class None -> 4\)"
+    with pytest.raises(UsageError, match=what), folder.opened(now, resume=True):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"colour": 1}, "unknown colour"), ({"metric": None}, "missing metric")],
+)
+def test_what_is_not_the_configuration_of_a_run_is_refused(change, message, tmp_path):
+    content = configuration(settings(), load("digits")).to_json()
+    for key, value in change.items():
+        content[key] = value
+        if value is None:
+            del content[key]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        _ = RunFolder(tmp_path).config

@@ -1,0 +1,89 @@
+"""The run folder: its lock, its environment, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+import chex
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from matplotlib import get_cachedir
+from torch_files import pickled_state, torch_state, write_pth, write_safetensors
+from experiments import digits
+from experiments.common import cli
+from experiments.data.load import load
+from experiments.runs import report
+from experiments.runs.configuration import configuration
+from experiments.runs.folder import RunFolder, read_metrics
+from experiments.runs.settings import Run
+from kd2m_jax._locks import locked
+import io
+import json
+import sys
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tqdm import tqdm
+from experiments import digits
+from experiments.common import cli
+from experiments.runs import progress, report, settings
+from experiments.runs.folder import RunFolder
+from experiments.runs.protocols import PROTOCOLS
+
+SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
+
+
+def in_process(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["experiments.digits", *flags])
+    cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description="")
+
+
+@pytest.mark.parametrize("denied", [".lock", ".training"])
+def test_a_folder_that_cannot_be_written_is_one_line(denied, monkeypatch, capsys, tmp_path):
+    """The run folder, and the teachers' beside it; for root no folder is closed, so as if."""
+    opened = Path.open
+
+    def open_(path, *arguments, **options):
+        if path.name == denied:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *SMALL)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    folder = tmp_path / ("run" if denied == ".lock" else "teachers")
+    assert error.startswith(f"error: {folder}") and "cannot be written (Permission denied)" in error
+
+
+def test_a_second_run_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_path):
+    with locked(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *SMALL)
+    assert stop.value.code == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_out_that_is_a_file(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={tmp_path / 'file'}", "--max-steps=1", *SMALL)
+    assert stop.value.code == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_versions_that_are_no_longer_recorded_are_kept_as_earlier(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_environment(devices=["cpu"], backend="cpu")
+    folder.write_environment(devices=["cpu"])
+    assert json.loads((tmp_path / "env.json").read_text())["earlier"] == [{"backend": "cpu"}]
