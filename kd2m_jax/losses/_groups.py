@@ -49,6 +49,19 @@ class Groups(NamedTuple):
             return jnp.mean(z, axis=0, keepdims=True)
         return jnp.matmul(self.same.astype(z.dtype), z, precision=HIGHEST) / self.size_s[:, None]
 
+    def middle(self, z: jax.Array) -> jax.Array:
+        """A point amid each sample's group, as `mean` but without a product: O(nd) and O(n^2) bits.
+
+        For classes the midpoint of their first and last member: not a member, because there a row
+        of inner products would be nothing but ties, which take an assignment 3 times as long.
+        """
+        if self.same is None:
+            return jnp.mean(z, axis=0, keepdims=True)
+        name = jnp.arange(z.shape[0], dtype=jnp.int32)[:, None]
+        first = jnp.min(jnp.where(self.same, name, z.shape[0] - 1), axis=0)
+        last = jnp.max(jnp.where(self.same, name, 0), axis=0)
+        return (z[first] + z[last]) / 2
+
     def total(self, per_sample: jax.Array) -> jax.Array:
         """The sum over each sample's group: ``[n]``, or ``[1]`` for a single group."""
         if self.same is None:
