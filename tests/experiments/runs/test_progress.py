@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from experiments.runs import progress
 
+
 def test_a_bar_counts_what_was_replayed_as_done_but_not_as_speed(monkeypatch):
     times = iter([10.0, 12.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(times))

@@ -2,6 +2,7 @@
 
 from experiments.runs import report
 
+
 class Counted(list):
     """A list that knows how often it was gone through."""
 
