@@ -1,13 +1,12 @@
 """Every public name is documented, with an example (pytest runs them: --doctest-modules)."""
 
-import functools
 import importlib.util
 import inspect
 import re
 
 import pytest
 
-from kd2m_jax import losses
+from kd2m_jax import losses, models
 
 # Public modules, and where what they offer is written.
 MODULES = {
@@ -35,9 +34,8 @@ def public():
         names = getattr(home, "__all__", None) or [n for n in vars(home) if n[0] != "_"]
         for name in names:
             thing = getattr(home, name)
-            made = isinstance(thing, functools.partial)
-            ours = made or getattr(thing, "__module__", "").startswith(MODULES[module])
-            callable_ = made or inspect.isfunction(thing) or inspect.isclass(thing)
+            ours = getattr(thing, "__module__", "").startswith(MODULES[module])
+            callable_ = inspect.isfunction(thing) or inspect.isclass(thing)
             if ours and callable_ and id(thing) not in seen:
                 seen.add(id(thing))
                 yield pytest.param(name, thing, id=f"{module}.{name}")
@@ -48,11 +46,15 @@ def sections(doc):
 
 
 def kind(thing):
-    if isinstance(thing, functools.partial):
-        return "preset"
     if inspect.isfunction(thing):
-        return "function"
+        return "preset" if made_by(thing) else "function"
     return "error" if issubclass(thing, BaseException) else "class"
+
+
+def made_by(thing):
+    """The class of networks of which a preset makes one size; None for other functions."""
+    given = inspect.signature(thing).return_annotation
+    return given if given in (models.ResNet, models.MLP) else None
 
 
 def lacks(name, thing):
@@ -65,12 +67,12 @@ def lacks(name, thing):
         "shapes": name in NO_ARRAYS or re.search(r"\[[a-z0-9.]+[,\]]|scalar", doc),
     }
     if what == "preset":  # the class that it calls has the rest
-        missing["its own words"] = doc != inspect.getdoc(functools.partial)
-        missing["the class that it is"] = f"{thing.func.__name__}(" in doc
-    if what == "function":
+        missing["the class that it is"] = f"{made_by(thing).__name__}(" in doc
+    if what in ("function", "preset"):
         said = set(re.findall(r"\w+", doc))
         missing["each argument"] = inspect.signature(thing).parameters.keys() <= said
         missing["what it returns"] = "Returns" in found
+    if what == "function":
         missing["errors"] = "Raises" in found
     if what == "error":
         missing["shapes"] = True
@@ -94,7 +96,13 @@ def test_a_docstring_without_one_of_them_is_noticed():
     assert lacks("bare", bare) == [
         "shapes", "each argument", "what it returns", "errors", "an example"
     ]  # fmt: skip
-    assert lacks("made", functools.partial(dict))[2:] == ["its own words", "the class that it is"]
+
+    def preset(num_classes) -> models.MLP:
+        """It is a network."""
+
+    assert lacks("preset", preset) == [
+        "shapes", "the class that it is", "each argument", "what it returns"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", losses.METRICS)

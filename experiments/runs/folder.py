@@ -9,11 +9,10 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from tensorboardX import SummaryWriter
-
 from experiments.common import machine
 from experiments.common.errors import UsageError
 from experiments.runs.configuration import RunConfig
+from experiments.runs.events import event_writer
 from kd2m_jax import internal
 
 # The metric of a run without distillation, and the name of its cell in a table.
@@ -185,16 +184,14 @@ class RunFolder:
         scratch.replace(file)
         events = self.path / "tensorboard" / phase
         shutil.rmtree(events, ignore_errors=True)
-        tensorboard = SummaryWriter(str(events))
+        write_events = event_writer(events)
 
         def write(record: dict) -> None:
             values = {k: v for k, v in record.items() if k not in ("steps", "replayed")}
             with file.open("a") as out:
                 out.write(json.dumps({"phase": phase, **values}) + "\n")
-            for key in values.keys() - {"step", "epoch"}:
-                tensorboard.add_scalar(key, record[key], record["step"])
-            if "test_accuracy" in record:
-                tensorboard.flush()
+            scalars = {k: v for k, v in values.items() if k not in ("step", "epoch")}
+            write_events(record["step"], scalars)
 
         return write
 

@@ -1,4 +1,4 @@
-"""Torch checkpoints read without torch, and without running what is pickled in them."""
+"""Read torch checkpoints without torch, and without running what is pickled in them."""
 
 import functools
 import io
@@ -34,24 +34,24 @@ _DTYPES = {
 def load_torch_weights(
     model: nnx.Module, path: str | os.PathLike, *, replace_head: bool = False
 ) -> nnx.Module:
-    """Put the weights of a torchvision or timm ResNet checkpoint into a ResNet of ours.
+    """Put the weights of a torchvision or timm ResNet checkpoint into one of our ResNets.
 
-    Kernels go from ``[out, in, h, w]`` to ``[h, w, in, out]``; the running statistics of batch
-    normalisation come along. Parameters keep the model's dtype. Torchvision's networks expect
-    RGB images in 0..1, less (0.485, 0.456, 0.406), divided by (0.229, 0.224, 0.225), and
-    ``stem="imagenet"``.
+    Kernels are transposed from ``[out, in, h, w]`` to ``[h, w, in, out]``. The running statistics
+    of batch normalisation are loaded too. Parameters keep the model's dtype. Torchvision's
+    networks need ``stem="imagenet"`` and RGB images in 0..1, from which (0.485, 0.456, 0.406) is
+    subtracted before they are divided by (0.229, 0.224, 0.225).
 
     Args:
-      model: a ``ResNet`` of :mod:`kd2m_jax.models`. It is changed in place, if at all: when
-        anything does not fit, nothing is changed. Without ``replace_head`` it may be abstract,
-        from ``nnx.eval_shape``, which saves drawing weights that are replaced at once.
+      model: a ``ResNet`` of :mod:`kd2m_jax.models`, which is changed in place. When anything does
+        not fit, nothing is changed. Without ``replace_head`` it may be abstract, from
+        ``nnx.eval_shape``, which saves drawing weights that are replaced at once.
       path: a ``.safetensors`` file; a file of ``torch.save`` (since torch 1.6), with a state
         dict or a dict that holds one as ``state_dict`` or ``model``; or ``hf:<owner>/<name>``,
         which downloads ``model.safetensors`` from there with the package ``huggingface_hub``:
         ``hf:timm/resnet34.tv_in1k`` are torchvision's weights. What is pickled in a file is
         never run: anything but tensors in plain containers is refused.
-      replace_head: where the file's classifier ``fc`` is for another number of classes, or not
-        there, keep the model's fresh one.
+      replace_head: keep the model's fresh classifier ``fc`` where the file has none, or one for
+        another number of classes.
 
     Returns:
       The model.
@@ -99,14 +99,14 @@ def load_torch_weights(
 
 
 def _torch_name(route: tuple) -> str:
-    """Torch's name of a variable: ``("stages", 0, 1, "bn1", "scale")`` is layer1.1.bn1.weight."""
+    """Give torch's name of a variable: ("stages", 0, 1, "bn1", "scale") is layer1.1.bn1.weight."""
     if route[0] == "stages":
         route = (f"layer{route[1] + 1}", *route[2:])
     return ".".join(map(str, (*route[:-1], _LEAVES.get(route[-1], route[-1]))))
 
 
 def _misfits(file: dict[str, tuple], model: dict[str, tuple]) -> list[str]:
-    """Say what keeps a file's entries, by name and shape, from being the model's."""
+    """Say how the entries of a file, by name and shape, differ from the entries of the model."""
     misshapen = sorted(name for name in file.keys() & model.keys() if file[name] != model[name])
     problems = [
         f"{what}: {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if names[6:] else "")
@@ -129,7 +129,7 @@ def _misfits(file: dict[str, tuple], model: dict[str, tuple]) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """Return a checkpoint's tensors by name, in torch's layout, without the batch counters."""
+    """Read a checkpoint's tensors by name, in torch's layout, without the batch counters."""
     with path.open("rb") as file:
         start = file.read(9)
     try:
@@ -147,7 +147,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
-    """Layout: the header's length in 8 bytes, a JSON header, then the values."""
+    """Read a file of the header's length in 8 bytes, a JSON header, then the values."""
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:begin])
     header.pop("__metadata__", None)
@@ -160,7 +160,7 @@ def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _read_zip(path: Path) -> dict[str, np.ndarray]:
-    """Layout: a folder with ``data.pkl``, whose tensors point to storages ``data/<key>``."""
+    """Read a zipped folder with ``data.pkl``, whose tensors point to storages ``data/<key>``."""
     with zipfile.ZipFile(path) as archive:
         (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = index.removesuffix("data.pkl")
@@ -188,7 +188,7 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
 
 
 def _weights(state: dict[str, Any]) -> dict[str, Any]:
-    """Without a data-parallel prefix, and without the counters of batches, which nothing reads."""
+    """Drop the data-parallel prefix of names, and the batch counters, which nothing reads."""
     return {
         name.removeprefix("module."): entry
         for name, entry in state.items()
@@ -205,7 +205,10 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _strided(values: np.ndarray, tensor: "_Tensor") -> np.ndarray:
-    """Return a view of a storage. Sizes come from the file; NumPy does not check their reach."""
+    """View a tensor's values in its storage.
+
+    The sizes come from the file, and NumPy does not check that they stay within the storage.
+    """
     _, offset, shape, strides = tensor
     reach = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if min(offset, *shape, *strides, 0) < 0 or 0 in shape or reach >= len(values):
@@ -215,7 +218,7 @@ def _strided(values: np.ndarray, tensor: "_Tensor") -> np.ndarray:
 
 
 class _Tensor(NamedTuple):
-    """What a pickled tensor says of itself; its values are looked up later."""
+    """Hold the description in a pickled tensor; the values are looked up later."""
 
     storage: tuple
     offset: int
@@ -239,14 +242,14 @@ _GLOBALS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads tensors in plain containers, and nothing else.
+    """Read tensors in plain containers, and nothing else.
 
-    All that a pickle can name is a function here that only stores its arguments, an ordered
-    dict, or a string in place of a type of torch. No name is imported, nothing of the file runs.
+    A pickle can only name a function here that stores its arguments, an ordered dict, or a string
+    in place of a type of torch. No name is imported, and nothing in the file runs.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look a name up among those allowed, and refuse any other."""
+        """Look a name up among the allowed ones, and refuse any other."""
         if module == "torch" and re.fullmatch(r"\w+Storage|b?float\d+|u?int\d+|bool", name):
             return name
         if (module, name) not in _GLOBALS:
@@ -257,12 +260,12 @@ class _Unpickler(pickle.Unpickler):
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return a storage as what names it: ("storage", type, key, device, size)."""
+        """Keep a storage's description, ("storage", type, key, device, size)."""
         return pid
 
 
 def local_file(path: str | os.PathLike) -> Path:
-    """Where the weights are, downloaded first if their name begins with ``hf:``."""
+    """Find the file of weights, which is downloaded first if its name begins with ``hf:``."""
     name = os.fspath(path)
     if not name.startswith("hf:"):
         return Path(path)

@@ -1,0 +1,81 @@
+"""Networks by name: published sizes, small images, and names that are not there."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from kd2m_jax import models
+
+DIGITS = (8, 8, 1)
+
+
+def abstract(name, num_classes=10, image_shape=DIGITS, **options):
+    """Make a network without values, at no cost."""
+    return nnx.eval_shape(
+        lambda: models.build(
+            name, num_classes=num_classes, image_shape=image_shape, rngs=nnx.Rngs(0), **options
+        )
+    )
+
+
+# torchvision documents its counts ("num_params"). For the CIFAR family with 100 classes the
+# papers print 0.08M, 0.28M, 0.86M, 1.23M, 7.43M. By hand for resnet8, 9io a 3x3 convolution
+# and 2w a normalisation:
+#   stem 9*3*16 + 32 = 464; stage one 2*(9*16*16 + 32) = 4,672;
+#   stage two 9*16*32 + 9*32*32 + 16*32 + 3*64 = 14,528; three, the same at 32-64, 57,728;
+#   head 64*100 + 100 = 6,500; in all 83,892. Every further block of width w adds 18w^2 + 4w.
+@pytest.mark.parametrize(
+    ("name", "num_classes", "image_shape", "stem", "count"),
+    [
+        ("resnet18", 1000, (224, 224, 3), "imagenet", 11_689_512),
+        ("resnet34", 1000, (224, 224, 3), "imagenet", 21_797_672),
+        ("resnet50", 1000, (224, 224, 3), "imagenet", 25_557_032),
+        ("resnet18", 1000, (32, 32, 3), "cifar", 11_689_512 - (49 - 9) * 3 * 64),
+        ("resnet8", 100, (32, 32, 3), "cifar", 83_892),
+        ("resnet20", 100, (32, 32, 3), "cifar", 83_892 + 2 * (18 * 5376 + 4 * 112)),
+        ("resnet56", 100, (32, 32, 3), "cifar", 83_892 + 8 * (18 * 5376 + 4 * 112)),
+        ("resnet8x4", 100, (32, 32, 3), "cifar", 1_233_540),
+        ("resnet32x4", 100, (32, 32, 3), "cifar", 1_233_540 + 4 * (18 * 86016 + 4 * 448)),
+        ("mlp-teacher", 10, (28, 28, 1), "cifar", 600_458),
+        ("mlp-student", 10, (28, 28, 1), "cifar", 567_434),
+        ("mlp-64-32", 10, DIGITS, "cifar", 64 * 64 + 64 + 64 * 32 + 32 + 32 * 10 + 10),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, num_classes, image_shape, stem, count):
+    params = nnx.state(abstract(name, num_classes, image_shape, stem=stem), nnx.Param)
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"), [("resnet18", "imagenet"), ("resnet8x4", "cifar"), ("mlp-teacher", "cifar")]
+)
+def test_digits_are_large_enough(name, stem):
+    def outputs():
+        options = {"num_classes": 10, "image_shape": DIGITS, "stem": stem}
+        return models.build(name, **options, rngs=nnx.Rngs(0))(jnp.ones((4, *DIGITS)))
+
+    assert nnx.eval_shape(outputs).logits.shape == (4, 10)
+
+
+def test_unknown_names_are_told_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown network 'resnet43'; nearest: resnet34"):
+        abstract("resnet43")
+    with pytest.raises(ValueError, match=r"unknown network 'xyz'; there are resnet18, "):
+        abstract("xyz")
+    for name in ("mlp", "mlp-", "mlp-64-", "mlp--3", "mlp-6x"):
+        with pytest.raises(ValueError, match="unknown network"):
+            abstract(name)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"\(height, width, channels\), got \(8, 8\)"):
+        abstract("resnet8", image_shape=(8, 8))
+    with pytest.raises(ValueError, match=r'"cifar" or "imagenet", got \'resnet\''):
+        abstract("resnet8", stem="resnet")
+    with pytest.raises(ValueError, match=r"at least one, got \[64, 0\]"):
+        abstract("mlp-64-0")
+    with pytest.raises(ValueError, match=r"expected 64 values per example, got \(8, 8, 3\)"):
+        abstract("mlp-4")(jnp.ones((2, 8, 8, 3)))
