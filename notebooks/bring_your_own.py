@@ -12,6 +12,7 @@
 # ---
 
 # %%
+import importlib.metadata
 import subprocess
 import sys
 
@@ -19,7 +20,9 @@ import sys
 PACKAGE = "/content/kd2m_jax"
 
 if "google.colab" in sys.modules:
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE])
+    # Colab's own versions stay: its GPU plugin is of the same version as its JAX.
+    kept = [f"{p}=={importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "flax", "numpy")]
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *kept, PACKAGE])
     if done.returncode:
         raise RuntimeError(
             f"pip cannot install {PACKAGE!r}: set PACKAGE above to the path of a clone on this "

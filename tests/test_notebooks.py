@@ -13,6 +13,7 @@ import re
 import resource
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,8 @@ def test_the_first_cell_installs_on_colab_alone(name, monkeypatch):
     namespace = {}
     exec(first, namespace)
     assert commands and commands[0][-1] == namespace["PACKAGE"]
+    # The versions that are there stay, because a GPU plugin fits one version of JAX.
+    assert {f"{p}=={version(p)}" for p in ("jax", "jaxlib", "flax", "numpy")} <= {*commands[0]}
     # The same cell in all, with the address in one place, and a way out where it fails.
     assert first == sources(jupytext.read(NOTEBOOKS / f"{NAMES[0]}.py"), "code")[0]
     assert first.count(namespace["PACKAGE"]) == 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kd2m_jax._compat import enable_x64
 from kd2m_jax.losses._checks import varying
 from kd2m_jax.losses._groups import HIGHEST, Groups
 
@@ -104,7 +105,7 @@ def _in_double(function: Callable) -> Callable:
     """
 
     def call(x, *rest):
-        with jax.enable_x64(True):
+        with enable_x64(True):
             double = jax.tree.map(_widened, (x, *rest))
             return jax.tree.map(lambda a: a.astype(x.dtype), function(*double))
 

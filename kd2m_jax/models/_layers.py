@@ -10,7 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from kd2m_jax._compat import List
+from kd2m_jax._compat import layer_list
 
 
 def conv(
@@ -44,8 +44,8 @@ def norm(width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
 def shortcut(in_width: int, width: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
     """Make a block's shortcut: no layer, or a 1x1 convolution and a normalisation."""
     if stride == 1 and in_width == width:
-        return List()
-    return List([conv(in_width, width, 1, stride, dtype, rngs), norm(width, dtype, rngs)])
+        return layer_list()
+    return layer_list([conv(in_width, width, 1, stride, dtype, rngs), norm(width, dtype, rngs)])
 
 
 def linear(fan_in: int, fan_out: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:

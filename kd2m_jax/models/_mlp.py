@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kd2m_jax._compat import List
+from kd2m_jax._compat import layer_list
 from kd2m_jax.models._layers import head, linear
 from kd2m_jax.outputs import Outputs
 
@@ -50,7 +50,7 @@ class MLP(nnx.Module):
         if not widths or min(widths) < 1:
             raise ValueError(f"widths must be positive numbers, at least one, got {widths}")
         self.in_features = in_features
-        self.hidden = List(
+        self.hidden = layer_list(
             linear(fan_in, fan_out, dtype, rngs)
             for fan_in, fan_out in itertools.pairwise((in_features, *widths))
         )

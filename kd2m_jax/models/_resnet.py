@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kd2m_jax._compat import List
+from kd2m_jax._compat import layer_list
 from kd2m_jax.models._layers import conv, head, norm, shortcut
 from kd2m_jax.outputs import Outputs
 
@@ -158,10 +158,10 @@ class ResNet(nnx.Module):
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = conv(in_channels, widths[0], kernel, stride, dtype, rngs)
         self.bn1 = norm(widths[0], dtype, rngs)
-        self.stages = List()
+        self.stages = layer_list()
         in_width = widths[0]
         for stage, (depth, width) in enumerate(zip(depths, widths[1:], strict=True)):
-            blocks = List()
+            blocks = layer_list()
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks.append(block(in_width, width, stride, dtype=dtype, rngs=rngs))
