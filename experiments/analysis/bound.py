@@ -14,6 +14,7 @@ from tqdm import tqdm
 from experiments.analysis.finished import Finished, check_same_size, outputs
 from experiments.common import figures, tables
 from experiments.runs import report
+from experiments.runs.build import Matching
 from kd2m_jax import Outputs, fit, theory
 
 # The chain holds to about 3e-4 in float32 (theory.bound).
@@ -89,17 +90,13 @@ def over_training(run: Finished, phase: str, points: int) -> Iterator[tuple[floa
     epochs = np.unique(np.geomspace(1, config.epochs, points).round().astype(int))
     stops = sorted({int(min(e * plan.steps_per_epoch, plan.steps)) for e in epochs})
     fresh = plan.distilled if phase == "distilled" else plan.student
-    options = plan.matching(run.trained["teacher"]) if phase == "distilled" else {}
+    matching = plan.matching(run.trained["teacher"]) if phase == "distilled" else Matching()
     yield 0.0, _evaluated(plan.student)
     with tempfile.TemporaryDirectory() as folder:
         for stop in tqdm(stops, desc=report.TITLES[phase], unit=" points"):
-            result = fit(
-                fresh,
-                plan.dataset.train,
-                checkpoint_dir=folder,
-                **plan.options | {"max_steps": stop},
-                **options,
-            )
+            options = plan.options
+            options["max_steps"] = stop
+            result = fit(fresh, plan.dataset.train, checkpoint_dir=folder, **options, **matching)
             yield stop / plan.steps_per_epoch, result.student
 
 

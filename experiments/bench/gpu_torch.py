@@ -99,7 +99,7 @@ def torch_epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, re
         autocast = torch.autocast(device, torch.bfloat16)
 
     def one_epoch():
-        order = torch.randperm(len(images), device=device)
+        order, loss = torch.randperm(len(images), device=device), torch.zeros(())
         for i in range(len(images) // batch):
             rows = order[i * batch : (i + 1) * batch]
             x = _augmented(images[rows], data).contiguous(memory_format=layout)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 Name = Literal[
-    "peers", "classes", "gaussian", "growth", "step", "start", "devices", "population",
+    "peers", "classes", "gaussian", "growth", "step", "start", "first-minutes", "devices",
+    "population",
     "gpu-step", "gpu-epoch", "gpu-torch",
 ]  # fmt: skip
 NAMES: tuple[str, ...] = get_args(Name)
@@ -28,6 +29,8 @@ def suite(name: Name) -> Callable[..., tuple[list[dict], list[str]]]:
             from experiments.bench.step import step as measured
         case "start":
             from experiments.bench.start import start as measured
+        case "first-minutes":
+            from experiments.bench.first_minutes import first_minutes as measured
         case "devices":
             from experiments.bench.devices import devices as measured
         case "population":

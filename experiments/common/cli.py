@@ -40,8 +40,7 @@ def main(
         prog=f"python -m {module}",
         description=_summary(description or ""),
     )
-    _keep_compiled_programs()
-    set_compiler_flags()
+    prepare_jax()
     # Only now, because these load JAX, which --help does not need and the cache must precede.
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
     from kd2m_jax.internal import ProcessLost
@@ -78,8 +77,9 @@ def _expanded(argument: str) -> str:
     return flag + equals + os.path.expanduser(value)
 
 
-def _keep_compiled_programs() -> None:
-    """Tell JAX, before it is imported, to keep XLA's programs in the user's cache."""
+def prepare_jax() -> None:
+    """Tell JAX, before it is imported, how to compile, and to keep programs in the user's cache."""
+    set_compiler_flags()
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "kd2m_jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -4,10 +4,11 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from experiments.common.errors import UsageError
@@ -21,6 +22,29 @@ from kd2m_jax import Network, Outputs, losses, models, projected
 from kd2m_jax.internal import steps_per_epoch
 
 Metric = losses.Metric | losses.MetricSum
+Coef = float | str | Callable[[jax.Array], jax.Array]
+
+
+class Options(TypedDict):
+    """The arguments of `kd2m_jax.fit` that are the same in every phase."""
+
+    preprocess: Callable[[jax.Array, jax.Array | None], jax.Array]
+    optimizer: optax.GradientTransformation
+    epochs: int
+    batch_size: int
+    per_class: int | None
+    seed: int
+    max_steps: int | None
+    progress: bool
+
+
+class Matching(TypedDict, total=False):
+    """The arguments of `kd2m_jax.fit` that distil; a phase without a teacher has none."""
+
+    teacher: nnx.Module
+    metric: Metric
+    coef: Coef
+    task_coef: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +70,7 @@ class Plan:
     distilled: nnx.Module | Network
     projectors: tuple[str, ...]
     metric: Metric | None
-    coef: float | str | Callable
+    coef: Coef
     steps_per_epoch: int
 
     @property
@@ -57,8 +81,8 @@ class Plan:
         )
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Return the options of `kd2m_jax.fit` that are the same in every phase."""
+    def options(self) -> Options:
+        """Return the arguments of `kd2m_jax.fit` that are the same in every phase."""
         config = self.config
         optimizer = PROTOCOLS[config.protocol].optimizer(config.epochs, self.steps_per_epoch)
         return {
@@ -69,10 +93,11 @@ class Plan:
             "per_class": config.per_class,
             "seed": config.seed,
             "max_steps": config.max_steps,
+            "progress": False,  # the experiments show bars of their own
         }
 
-    def matching(self, teacher: nnx.Module) -> dict[str, Any]:
-        """Return the options of `kd2m_jax.fit` that distil from this trained teacher."""
+    def matching(self, teacher: nnx.Module) -> Matching:
+        """Return the arguments of `kd2m_jax.fit` that distil from this trained teacher."""
         assert self.metric is not None, "a run of the student alone has nothing to match"
         return {
             "teacher": teacher,
@@ -139,7 +164,7 @@ def _metric(config: RunConfig) -> Metric | None:
     return metric  # auto weighs a sum as one
 
 
-def _coefficient(config: RunConfig, per_epoch: int) -> float | str | Callable:
+def _coefficient(config: RunConfig, per_epoch: int) -> Coef:
     """Return lambda as `kd2m_jax.fit` takes it."""
     if config.coef == ("published",):
         # Like the optimizer's schedule over all epochs, whether max_steps cuts them or not.

@@ -45,8 +45,8 @@ def write(folder: RunFolder) -> None:
     out += tables.markdown([HEADER, *rows(folder)], words=2)
     out += [
         "",
-        "Test accuracy is the last epoch's, over all test examples. The best epoch is chosen on the "
-        "same test set, so its accuracy flatters.",
+        "Test accuracy is the last epoch's, over all test examples. The best epoch is chosen on "
+        "the same test set, so its accuracy flatters.",
         "",
         "![Accuracy and loss of the three networks](curves.png)",
         "",

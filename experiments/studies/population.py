@@ -79,7 +79,7 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
             [plan.distilled for plan in plans],
             dataset.train,
             teacher=teacher,
-            metric=[options["metric"] for options in matching],
+            metric=[options.get("metric") for options in matching],
             coef=[plan.coef for plan in plans],
             task_coef=first.config.task_coef,
             eval_data=dataset.test,
@@ -95,7 +95,7 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
     if last is None or best is None:
         raise UsageError(f"the checkpoints in {shared} cannot be read: delete it to train anew")
     (_, record), (best_variables, _) = last, best
-    speed = progress.images_per_second()
+    speed = progress.per_second()
     for i, (cell, plan) in enumerate(zip(group, plans, strict=True)):
         with cell.folder.opened(plan.config, resume=True) as folder:
             folder.write_environment(**devices(), students_in_one_program=len(group))

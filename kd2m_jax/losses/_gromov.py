@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import loss, matrix, varying
-from kd2m_jax.losses._groups import HIGHEST, everyone, squared_distances
+from kd2m_jax.losses._groups import HIGHEST, everyone, in_unit, magnitude, squared_distances
 from kd2m_jax.losses._solvers import TransportInfo, ipot_plan
 
 
@@ -61,11 +61,13 @@ def gw2(z_s: ArrayLike, z_t: ArrayLike, *, has_aux: bool = False):
     """
     z_s, z_t = matrix("z_s", z_s), matrix("z_t", z_t)
     dtype = jnp.promote_types(z_s.dtype, z_t.dtype)
-    d_s, d_t = _distances(z_s.astype(dtype)), _distances(z_t.astype(dtype))
+    z_s, z_t = z_s.astype(dtype), z_t.astype(dtype)
+    unit = magnitude(*(z - z.mean(0, keepdims=True) for z in (z_s, z_t)))
+    d_s, d_t = (in_unit(_distances, unit, z) for z in (z_s, z_t))
     # Only differences count, and without their common mean they keep more of float32's digits.
     mean = jax.lax.stop_gradient((jnp.mean(d_s) + jnp.mean(d_t)) / 2)
     d_s, d_t = d_s - mean, d_t - mean
-    info = jax.lax.stop_gradient(_plan(*jax.lax.stop_gradient((d_s, d_t))))
+    info = jax.lax.stop_gradient(_plan(*jax.lax.stop_gradient((d_s / unit, d_t / unit))))
     value = _objective(d_s, d_t, info.coupling)
     return (value, info) if has_aux else value
 
@@ -81,7 +83,7 @@ def _distances(z: jax.Array) -> jax.Array:
     norms = jnp.sum(z**2, axis=1)
     hidden = squared <= 16 * jnp.finfo(z.dtype).eps * (norms[:, None] + norms[None, :])
     hidden |= jnp.eye(z.shape[0], dtype=bool)
-    return jnp.where(hidden, 0, jnp.sqrt(jnp.where(hidden, 1, squared)))
+    return jnp.where(hidden, 0 * squared, jnp.sqrt(jnp.where(hidden, 1, squared)))  # NaN stays
 
 
 def _product(*matrices: jax.Array) -> jax.Array:

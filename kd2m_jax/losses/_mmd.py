@@ -22,6 +22,7 @@ from kd2m_jax.losses._groups import (
     Groups,
     by_class,
     everyone,
+    magnitude,
     safe_sqrt,
     squared_distances,
 )
@@ -216,6 +217,7 @@ def _channels(name: str, maps: jax.Array, h: int, w: int) -> jax.Array:
         )
     maps = maps.reshape(n, h, height // h, w, width // w, c).mean(axis=(2, 4))
     rows = maps.reshape(n, h * w, c).swapaxes(1, 2)
+    rows = rows / magnitude(rows, axis=2)  # whose square may be no number
     norm = safe_sqrt(jnp.sum(rows**2, axis=2, keepdims=True))
     return rows / jnp.where(norm > 0, norm, 1)
 

@@ -4,6 +4,7 @@ Costs are non-negative, infinite where two samples may not be matched (`Groups.w
 gradient never passes through a solver: callers detach the costs they hand in.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 
+from kd2m_jax.losses._assignment import assign
 from kd2m_jax.losses._groups import Groups
+
+# How far the columns of Sinkhorn's plan may be off, in total; and after how many updates epsilon
+# has come down from ten times its value, by 20% each.
+TOLERANCE, ANNEALED = 5e-4, 12
 
 
 class TransportInfo(NamedTuple):
@@ -50,18 +56,29 @@ class Dual(NamedTuple):
     scale: jax.Array
 
 
-def exact_plan(cost: jax.Array, groups: Groups, epsilon: float = 0.0) -> TransportInfo:
-    """The Hungarian plan. Groups do not interact, so their weights do not change the pairing."""
-    del epsilon  # it has none
-    with jax.ensure_compile_time_eval():  # see sinkhorn_plan
-        from ott.geometry import geometry
-        from ott.tools import unreg
+def varying_alike(arrays):
+    """Arrays that all vary over the devices of a shard_map if one of them does; else as they are.
 
-    # The solver does not end on NaN; the value is NaN all the same, for it is taken from C.
-    _, out = unreg.hungarian(geometry.Geometry(jnp.where(jnp.isnan(cost), 0, cost)))
-    i, j = out.paired_indices
-    coupling = jnp.zeros_like(cost).at[i, j].set(groups.weight_s[i])
-    return TransportInfo(coupling, jnp.array(True), jnp.array(0))
+    A loop's state may not begin the same on all devices and end different, and the branches of a
+    choice may not differ in that: with its default checks shard_map raises.
+    """
+    no = [jnp.full_like(a, False, bool, shape=()) for a in jax.tree.leaves(arrays)]
+    never = functools.reduce(jnp.logical_or, no)
+    return jax.tree.map(lambda a: jnp.where(never, a, a), arrays)
+
+
+def exact_plan(cost: jax.Array, groups: Groups) -> TransportInfo:
+    """The plan of least cost, for n = m: a pairing. Groups do not interact within it."""
+    return paired_plan(assign(cost).columns, groups)
+
+
+def paired_plan(columns: jax.Array, groups: Groups) -> TransportInfo:
+    """The plan that sends row i to ``columns[i]``, with row i's weight."""
+    weight = groups.weight_s
+    coupling = jnp.zeros_like(weight, shape=(columns.size, columns.size))
+    coupling = coupling.at[jnp.arange(columns.size), columns].set(weight, unique_indices=True)
+    # "like" the pairing, for shard_map: constants are the same on all devices, and it may not be.
+    return TransportInfo(coupling, columns[0] >= 0, jnp.zeros_like(columns[0]))
 
 
 def dual_start(cost: jax.Array, groups: Groups, epsilon: float) -> Dual:
@@ -96,7 +113,7 @@ def sinkhorn_plan(
     scale: jax.Array | None = None,
     max_iterations: int = 2000,
 ) -> tuple[TransportInfo, jax.Array]:
-    """The entropic plan, by ott-jax in the log domain, and its entropic cost.
+    """The entropic plan, by Sinkhorn's updates in the log domain, and its entropic cost.
 
     The cost is that of ``<P, C> + epsilon scale sum_ij P_ij log P_ij``. ``scale`` is that of
     `dual_start` unless given.
@@ -109,52 +126,44 @@ def sinkhorn_plan(
     Where clusters differ in mass some of it has to go far, epsilon is small for that, and the
     value is still 5% to 73% too low after 2,000 iterations (n 64 to 512): see `transport_plan`.
     """
-    # ott-jax takes seconds to import, and brings flax and matplotlib where they are installed:
-    # not before it is used. That is while tracing, when a module's constants become tracers.
-    with jax.ensure_compile_time_eval():
-        from ott.geometry import epsilon_scheduler, geometry
-        from ott.problems.linear import linear_problem
-        from ott.solvers.linear import acceleration, sinkhorn
-
     a, b = groups.weight_s, groups.weight_t
     dual = dual_start(cost, groups, epsilon)
     scale = dual.scale if scale is None else scale
     if groups.same is None:  # one epsilon for all, and no second array of costs
-        epsilon, scale = epsilon * scale[0], jnp.ones_like(scale)
+        strength, scale = epsilon * scale[0], jnp.ones_like(scale)
     else:
-        cost = cost / scale[:, None]
-    schedule = epsilon_scheduler.Epsilon(target=epsilon, init=10.0, decay=0.8)
-    solver = sinkhorn.Sinkhorn(
-        threshold=5e-4,
-        inner_iterations=5,
-        max_iterations=max_iterations,
-        momentum=acceleration.Momentum(value=1.5),
-        implicit_diff=None,
-    )
-    problem = linear_problem.LinearProblem(geometry.Geometry(cost, epsilon=schedule), a, b)
+        strength, cost = jnp.full_like(scale[0], epsilon), cost / scale[:, None]
 
-    def iterate(f, g):
-        with jax.numpy_rank_promotion("allow"):  # ott-jax relies on it, whatever the caller set
-            out = solver(problem, init=(f, g))
-        return out.g, jnp.asarray(out.converged), jnp.asarray(out.n_iters, jnp.int32)
+    def unfinished(state):
+        _, _, error, n_iters = state
+        # On NaN the comparison is false, and the iteration ends.
+        annealing = (n_iters > 0) & (n_iters < ANNEALED)
+        return (n_iters < max_iterations) & ((error > TOLERANCE) | annealing)
 
-    def keep(f, g):
-        del f
-        return g, jnp.array(True), jnp.zeros((), jnp.int32)
+    def update(state):
+        f, g, _, n_iters = state
+        current = strength * jnp.maximum(10 * 0.8 ** n_iters.astype(cost.dtype), 1)
+        new_g = current * (jnp.log(b) - logsumexp((f[:, None] - cost) / current, axis=0))
+        # The columns of the plan before this update sum to b times this exponential.
+        error = jnp.sum(b * jnp.abs(jnp.expm1((g - new_g) / current)))
+        g = g + 1.5 * (new_g - g)
+        new_f = current * (jnp.log(a) - logsumexp((g[None, :] - cost) / current, axis=1))
+        return f + 1.5 * (new_f - f), g, error, n_iters + 1
 
     # A student close to its teacher: the dual solution is optimal, and its plan has the right
     # marginals as it is. To see that costs half an iteration, and saves 20.
     f, g = dual.f / scale, dual.g / scale
-    plan = a[:, None] * jax.nn.softmax((g[None, :] - cost) / epsilon, axis=1)
+    plan = a[:, None] * jax.nn.softmax((g[None, :] - cost) / strength, axis=1)
     error = jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b))
-    g, converged, n_iters = jax.lax.cond(error <= solver.threshold, keep, iterate, f, g)
+    state = varying_alike((f, g, error, jnp.int32(0)))
+    _, g, error, n_iters = jax.lax.while_loop(unfinished, update, state)
     # One last plain update of the rows: over-relaxation leaves the total mass slightly off one.
-    kernel = (g[None, :] - cost) / epsilon
+    kernel = (g[None, :] - cost) / strength
     coupling = a[:, None] * jax.nn.softmax(kernel, axis=1)
-    f = epsilon * (jnp.log(a) - logsumexp(kernel, axis=1))
+    f = strength * (jnp.log(a) - logsumexp(kernel, axis=1))
     # With the mass at one, f and g are feasible duals: their value is second order in their error.
     entropic = jnp.sum(scale * a * f) + jnp.sum(scale * b * g)
-    return TransportInfo(coupling, converged, n_iters), entropic
+    return TransportInfo(coupling, error <= TOLERANCE, n_iters), entropic
 
 
 def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
@@ -211,6 +220,7 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
     # may fall a thousand times below it, to where float32's digits of the mean cost end.
     bound = jnp.maximum(offset, 1e-3)
     state = (log_plan, 0 * b, jnp.maximum(mean, bound), zero, zero + jnp.inf, bound, 0)
+    state = varying_alike(state)
     log_plan, _, _, error, gap, _, n_iters = jax.lax.while_loop(unfinished, update, state)
     coupling = a[:, None] * jax.nn.softmax(log_plan, axis=1)
     return TransportInfo(coupling, (error <= 5e-4) & (gap <= 1e-3), jnp.asarray(n_iters))
@@ -233,8 +243,11 @@ def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> Transport
     return jax.lax.cond(entropic.converged, lambda same: same, proximal, entropic)
 
 
-SOLVERS: dict[str, Callable[[jax.Array, Groups, float], TransportInfo]] = {
+SOLVERS = ("auto", "exact", "sinkhorn", "ipot")
+# What `w2`, `cw2` and `jw2` take where nothing is said: the one place to change it.
+DEFAULT_SOLVER = "sinkhorn"
+# Those that start from a matrix of costs; the exact one has more to gain (`_transport`).
+COUPLINGS: dict[str, Callable[[jax.Array, Groups, float], TransportInfo]] = {
     "sinkhorn": transport_plan,
-    "exact": exact_plan,
     "ipot": ipot_plan,
 }

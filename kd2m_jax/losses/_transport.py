@@ -5,6 +5,7 @@ in the cost C and in who may be matched with whom (`Groups`). The coupling is a 
 the gradient: no differentiation through solver iterations (envelope theorem).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,25 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from kd2m_jax.losses._assignment import assign
 from kd2m_jax.losses._checks import choice, clouds, flag, loss, number, paired_logits
-from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, everyone, squared_distances
-from kd2m_jax.losses._solvers import SOLVERS, TransportInfo, dual_start, sinkhorn_plan
-
-LABEL_COSTS = ("cross_entropy", "kl", "sqeuclidean")
+from kd2m_jax.losses._costs import (
+    LABEL_COSTS,
+    PairCost,
+    between_features,
+    between_features_and_logits,
+)
+from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, everyone
+from kd2m_jax.losses._solvers import (
+    COUPLINGS,
+    DEFAULT_SOLVER,
+    SOLVERS,
+    TransportInfo,
+    dual_start,
+    paired_plan,
+    sinkhorn_plan,
+    varying_alike,
+)
 
 
 @loss
@@ -24,7 +39,7 @@ def w2(
     z_s: ArrayLike,
     z_t: ArrayLike,
     *,
-    solver: str = "sinkhorn",
+    solver: str = DEFAULT_SOLVER,
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
@@ -82,8 +97,8 @@ def w2(
     """
     z_s, z_t = clouds(z_s, z_t)
     groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
-    value, info = _transport(squared_distances, z_s, z_t, groups, solver, epsilon, debiased)
-    return (value, info) if has_aux else value
+    cost = between_features(groups)
+    return _transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
 
 @loss
@@ -92,7 +107,7 @@ def cw2(
     z_t: ArrayLike,
     labels: ArrayLike,
     *,
-    solver: str = "sinkhorn",
+    solver: str = DEFAULT_SOLVER,
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
@@ -136,11 +151,8 @@ def cw2(
     """
     z_s, z_t = clouds(z_s, z_t, paired=True)
     groups = by_class(labels, z_s.shape[0], z_s.dtype)
-    # Only distances within a class count, and a tight class may lie far from the others.
-    centre = jax.lax.stop_gradient((groups.mean(z_s) + groups.mean(z_t)) / 2)
-    z_s, z_t = z_s - centre, z_t - centre
-    value, info = _transport(squared_distances, z_s, z_t, groups, solver, epsilon, debiased)
-    return (value, info) if has_aux else value
+    cost = between_features(groups)
+    return _transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
 
 @loss
@@ -152,7 +164,7 @@ def jw2(
     *,
     beta: float = 1.0,
     label_cost: str = "cross_entropy",
-    solver: str = "sinkhorn",
+    solver: str = DEFAULT_SOLVER,
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
@@ -217,56 +229,109 @@ def jw2(
             f"use label_cost='sqeuclidean', not {label_cost!r}"
         )
 
-    def joint(x, y):
-        (z, logits), (other_z, other_logits) = x, y
-        return squared_distances(z, other_z) + beta * _label_cost(logits, other_logits, label_cost)
-
     groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
+    cost = between_features_and_logits(groups, beta, label_cost)
     x, y = (z_s, logits_s), (z_t, logits_t)
-    value, info = _transport(joint, x, y, groups, solver, epsilon, debiased)
-    return (value, info) if has_aux else value
-
-
-def _label_cost(logits_s: jax.Array, logits_t: jax.Array, kind: str) -> jax.Array:
-    """``[n, m]``, how much student prediction i disagrees with teacher prediction j."""
-    if kind == "sqeuclidean":
-        return squared_distances(logits_s, logits_t)
-    log_s, log_t = jax.nn.log_softmax(logits_s), jax.nn.log_softmax(logits_t)
-    p_t = jnp.exp(log_t)
-    cost = -jnp.matmul(log_s, p_t.T, precision=HIGHEST)
-    # log_softmax is finite, so p log p is 0 where p underflows. An infinite logit makes it NaN,
-    # in the cross-entropy too, which alone would take the teacher's -inf for a probability.
-    negentropy = jnp.sum(p_t * log_t, axis=1)[None, :]
-    return cost + (0 * negentropy if kind == "cross_entropy" else negentropy)
+    return _transport(cost, x, y, groups, solver, epsilon, debiased, has_aux)
 
 
 def _transport(
-    pair_costs: Callable[[Any, Any], jax.Array],
+    cost: PairCost,
     x: Any,
     y: Any,
     groups: Groups,
     solver: str,
     epsilon: float,
     debiased: bool,
-) -> tuple[jax.Array, TransportInfo]:
-    """``<stop_gradient(P), C>`` for the plan P of the chosen solver, or the divergence."""
-    choice("solver", solver, tuple(SOLVERS))
+    has_aux: bool,
+):
+    """The value, with ``has_aux`` also the info, of the chosen solver or of the divergence."""
+    choice("solver", solver, SOLVERS)
     number("epsilon", epsilon)
-    if flag("debiased", debiased) and solver != "sinkhorn":
+    if flag("debiased", debiased) and solver not in ("auto", "sinkhorn"):
         raise ValueError(
             f"debiased=True takes away the bias of the entropy, and solver={solver!r} has none: "
             "use solver='sinkhorn'"
         )
-    if debiased:
-        return _divergence(pair_costs, x, y, groups, epsilon)
-    cost = _nonnegative(pair_costs(x, y))
-    if solver == "exact" and cost.shape[0] != cost.shape[1]:
+    n, m = groups.size_s.size, groups.size_t.size
+    if solver == "exact" and n != m:
         raise ValueError(
-            f"solver='exact' pairs samples one to one, so it needs m = n, got n = "
-            f"{cost.shape[0]} and m = {cost.shape[1]}: use solver='sinkhorn' or 'ipot'"
+            f"solver='exact' pairs samples one to one, so it needs m = n, got n = {n} and m = {m}: "
+            "use solver='sinkhorn' or 'ipot'"
         )
-    info = jax.lax.stop_gradient(SOLVERS[solver](_fixed(cost, groups), groups, epsilon))
-    return jnp.sum(info.coupling * cost), info
+    x, y, groups = varying_alike((x, y, groups))
+    if debiased:
+        value, info = _divergence(cost.matrix, x, y, groups, epsilon)
+    elif solver == "exact":
+        value, info = _paired(cost, groups, x, y)
+    elif solver == "auto" and n == m:
+        value, info = _by_platform(cost, groups, epsilon, x, y, has_aux)
+    else:
+        name = "sinkhorn" if solver == "auto" else solver
+        value, info = _coupled(cost, groups, name, epsilon, x, y)
+    return (value, info) if has_aux else value
+
+
+def _paired(cost: PairCost, groups: Groups, x: Any, y: Any) -> tuple[jax.Array, TransportInfo]:
+    """The exact cost, and its gradient, from the n pairs of the best assignment: O(nd)."""
+    left, right = jax.lax.stop_gradient(cost.factors(x, y))
+    inner = jnp.matmul(-left, right.T, precision=HIGHEST)
+    columns = assign(groups.within(inner, outside=jnp.inf)).columns
+
+    def partner(a):  # without a gradient's sum over those that share an index: none do
+        return a.at[columns].get(mode="promise_in_bounds", unique_indices=True)
+
+    value = jnp.sum(groups.weight_s * cost.pairs(x, jax.tree.map(partner, y)))
+    return value, paired_plan(columns, groups)
+
+
+def _coupled(
+    cost: PairCost, groups: Groups, solver: str, epsilon: float, x: Any, y: Any
+) -> tuple[jax.Array, TransportInfo]:
+    """``<stop_gradient(P), C>`` for the plan P of an iterative solver."""
+    pair_costs = _nonnegative(cost.matrix(x, y))
+    plan = COUPLINGS[solver](_fixed(pair_costs, groups), groups, epsilon)
+    info = jax.lax.stop_gradient(plan)
+    return jnp.sum(info.coupling * pair_costs), info
+
+
+def _by_platform(
+    cost: PairCost, groups: Groups, epsilon: float, x: Any, y: Any, has_aux: bool
+) -> tuple[jax.Array, TransportInfo | None]:
+    """Exact on a CPU, Sinkhorn elsewhere, whatever the platform that the program is for.
+
+    Each branch gives its gradient along with its value. Differentiating the choice itself would
+    keep the n x n residuals of both branches.
+    """
+
+    def with_gradient(solve):
+        def branch(x, y):
+            both = jax.value_and_grad(solve, argnums=(0, 1), has_aux=True)
+            (value, info), gradient = both(x, y)
+            return value, gradient, info if has_aux else None  # a plan is built only if asked for
+
+        return branch
+
+    paired = functools.partial(_paired, cost, groups)
+    coupled = functools.partial(_coupled, cost, groups, "sinkhorn", epsilon)
+    value, gradient, info = jax.lax.platform_dependent(
+        *jax.lax.stop_gradient((x, y)), cpu=with_gradient(paired), default=with_gradient(coupled)
+    )
+    return _differentiable(value, gradient, (x, y)), info
+
+
+@jax.custom_jvp
+def _differentiable(value: jax.Array, gradient: Any, at: Any) -> jax.Array:
+    """The value, with this constant gradient with respect to ``at``."""
+    del gradient, at
+    return value
+
+
+@_differentiable.defjvp
+def _(primals, tangents):
+    value, gradient, _ = primals
+    products = jax.tree.map(lambda g, t: jnp.sum(g * t), gradient, tangents[2])
+    return value, functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
 @jax.custom_jvp

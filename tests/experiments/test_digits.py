@@ -1,6 +1,5 @@
 """experiments.digits as its users run it: a process of its own, a folder, and mistakes."""
 
-import dataclasses
 import json
 import os
 import random
@@ -20,12 +19,8 @@ from torch_files import pickled_state, torch_state, write_pth, write_safetensors
 
 from experiments import digits
 from experiments.common import cli
-from experiments.data.load import load
 from experiments.runs import report
-from experiments.runs.configuration import configuration
 from experiments.runs.folder import RunFolder, read_metrics
-from experiments.runs.settings import Run
-from kd2m_jax.internal import locked
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
@@ -183,25 +178,6 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bits(tmp_pat
         chex.assert_trees_all_equal(arrays_of(found), arrays_of(expected))
 
 
-@pytest.mark.parametrize("denied", [".lock", ".training"])
-def test_a_folder_that_cannot_be_written_is_one_line(denied, monkeypatch, capsys, tmp_path):
-    """The run folder, and the teachers' beside it; for root no folder is closed, so as if."""
-    opened = Path.open
-
-    def open_(path, *arguments, **options):
-        if path.name == denied:
-            raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", open_)
-    with pytest.raises(SystemExit) as stop:
-        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *SMALL)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    folder = tmp_path / ("run" if denied == ".lock" else "teachers")
-    assert error.startswith(f"error: {folder}") and "cannot be written (Permission denied)" in error
-
-
 def save_with_torch(path, state):
     torch = pytest.importorskip("torch")
     torch.save({name: torch.from_numpy(np.array(array)) for name, array in state.items()}, path)
@@ -228,39 +204,6 @@ def test_pretrained_weights_are_where_both_networks_begin(save, monkeypatch, tmp
     assert losses["teacher", "one"] == losses["student", "one"]
     assert losses["teacher", "two"] == losses["student", "two"]
     assert abs(losses["teacher", "one"] - losses["teacher", "two"]) > 0.01
-
-
-def test_a_second_run_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_path):
-    with locked(tmp_path / "run" / ".lock"), pytest.raises(SystemExit) as stop:
-        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *SMALL)
-    assert stop.value.code == 2
-    assert "is in use by another process" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_teachers_are_told_apart_by_all_that_made_them():
-    settings = dataclasses.replace(digits.DEFAULTS, run=Run())
-    data = load("digits")
-    ours = configuration(settings, data)
-    name = ours.teacher_name
-    others = [
-        configuration(settings, dataclasses.replace(data, train=data.test)),
-        *(
-            configuration(settings, dataclasses.replace(data, **change))
-            for change in ({"mean": (5.0,)}, {"std": (5.0,)}, {"crop_padding": 1}, {"flip": True})
-        ),
-        *(
-            dataclasses.replace(ours, **change)
-            for change in ({"optimizer": "SGD 0.2"}, {"seed": 1}, {"epochs": 21})
-        ),
-        *(
-            dataclasses.replace(ours, **change)
-            for change in ({"teacher_sha256": "0"}, {"precision": "bf16"})
-        ),
-    ]
-    assert len({name, *(other.teacher_name for other in others)}) == 1 + len(others)
-    same = dataclasses.replace(ours, metric="w2", coef=(1.0,), student="mlp-8")
-    assert same.teacher_name == name
 
 
 @pytest.mark.parametrize(
@@ -338,12 +281,3 @@ def test_a_sum_of_metrics_with_a_projector(monkeypatch, capsys, tmp_path):
     assert last["distillation_loss"] == pytest.approx(0.9 * kd + 1e-3 * cw2, rel=1e-5)
     total = 0.1 * last["task_loss"] + last["distillation_loss"]
     assert last["loss"] == pytest.approx(total, rel=1e-5)
-
-
-def test_an_out_that_is_a_file(monkeypatch, capsys, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        in_process(monkeypatch, f"--out={tmp_path / 'file'}", "--max-steps=1", *SMALL)
-    assert stop.value.code == 2
-    assert "is a file, not a folder" in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "mine"

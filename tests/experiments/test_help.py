@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bound, digits, table
 from experiments.__main__ import NAMES
-from experiments.common import cli
-from kd2m_jax import NonFiniteLoss
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,33 +54,3 @@ def test_flags_come_in_the_order_of_deciding():
     found = flags(shown("experiments.cifar", "--help"))
     chosen = ["dataset", "metric", "coef", "teacher", "protocol", "out", "distributed"]
     assert sorted(chosen, key=found.index) == chosen
-
-
-def test_a_loss_that_is_not_finite_says_what_to_try(monkeypatch, capsys):
-    def run(settings):
-        raise NonFiniteLoss("the loss is not finite at step 3")
-
-    monkeypatch.setattr(sys, "argv", ["digits"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main(digits.DEFAULTS, run, module="experiments.digits", description=None)
-    assert stop.value.code == 1
-    assert "at step 3; try a smaller --coef" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "end"),
-    [
-        ("digits", digits.DEFAULTS, "with --resume continues"),
-        ("table", table.Table(), "the same command continues"),
-        ("bound", bound.Bound(run="somewhere"), "the same command starts again"),
-    ],
-)
-def test_a_main_that_is_stopped_says_how_to_go_on(name, settings, end, monkeypatch, capsys):
-    def run(settings):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", [name])
-    with pytest.raises(SystemExit) as stop:
-        cli.main(settings, run, module=f"experiments.{name}", description=None)
-    assert stop.value.code == 130
-    assert end in capsys.readouterr().err

@@ -9,11 +9,13 @@ import pytest
 from clouds import draw
 
 from kd2m_jax import Outputs, losses
+from kd2m_jax.losses._solvers import DEFAULT_SOLVER
 
 # Options worth a run of their own, for each metric that has them.
 OPTIONS = (
     {},
     {"solver": "exact"},
+    {"solver": "auto" if DEFAULT_SOLVER == "sinkhorn" else "sinkhorn"},  # what {} is not
     {"covariance": "diagonal"},
     {"direction": "teacher_student"},
     {"label_cost": "kl", "solver": "exact"},

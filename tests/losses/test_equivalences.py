@@ -25,7 +25,9 @@ def test_solvers_meet_the_exact_cost(kind):
     exact = losses.w2(*single(x, y), solver="exact")
     np.testing.assert_allclose(exact, oracles.w2(x, y), rtol=1e-4)
     # The entropic bias goes with epsilon; the proximal step, however large, leaves none.
-    far, near, nearest = (losses.w2(*single(x, y), epsilon=e) - exact for e in (0.05, 0.01, 0.002))
+    far, near, nearest = (
+        losses.w2(*single(x, y), epsilon=e, solver="sinkhorn") - exact for e in (0.05, 0.01, 0.002)
+    )
     # A student that nearly matches is solved by the dual start, without any bias.
     assert far > near > nearest or kind == "nearly matched"
     np.testing.assert_allclose(nearest, 0, atol=2e-3 * exact)
@@ -36,8 +38,9 @@ def test_solvers_meet_the_exact_cost(kind):
 def test_jw2_without_label_cost_is_w2():
     x, y, _ = draw("clustered", 40, 24)
     arrays = single(x, y, logits_of(x), logits_of(y))
-    value = losses.jw2(*arrays, beta=0.0, epsilon=0.002)
-    np.testing.assert_allclose(value, losses.w2(*arrays[:2], epsilon=0.002), rtol=1e-5)
+    for options in ({"epsilon": 0.002, "solver": "sinkhorn"}, {"solver": "exact"}):
+        value = losses.jw2(*arrays, beta=0.0, **options)
+        np.testing.assert_allclose(value, losses.w2(*arrays[:2], **options), rtol=1e-5)
 
 
 @kinds
@@ -51,7 +54,7 @@ def test_jw2_of_certain_outputs_is_cw2(kind, label_cost):
     value = losses.jw2(*arrays, beta=30.0, label_cost=label_cost, solver="ipot")
     np.testing.assert_allclose(value, expected, rtol=2e-3)
     if label_cost == "kl":  # Sinkhorn's epsilon is at least 1e-5 of the mean joint cost
-        value = losses.jw2(*arrays, beta=30.0, label_cost=label_cost)
+        value = losses.jw2(*arrays, beta=30.0, label_cost=label_cost, solver="sinkhorn")
         np.testing.assert_allclose(value, expected, rtol=1e-2)
 
 

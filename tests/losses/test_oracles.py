@@ -46,7 +46,7 @@ def test_transport_values(kind, n, d, classes):
     for function, arrays, options, expected in cases:
         exact = function(*single(*arrays), solver="exact", **options)
         np.testing.assert_allclose(exact, expected, rtol=1e-3, atol=1e-6 * cost.mean())
-        sinkhorn = function(*single(*arrays), **options)
+        sinkhorn = function(*single(*arrays), solver="sinkhorn", **options)
         # 1% of exact, outright: the slack of epsilon times the mean cost is not needed.
         np.testing.assert_allclose(sinkhorn, expected, rtol=1e-2, atol=1e-5 * cost.mean())
 
@@ -59,7 +59,7 @@ def test_w2_where_clusters_differ_in_mass(n, m, wrong):
     placed = np.where(rng.random(n) < wrong, rng.integers(0, 10, n), labels[:n])
     x = centres[placed] + 0.1 * rng.normal(size=(n, 64))
     y = centres[labels] + 0.1 * rng.normal(size=(m, 64))
-    value, info = losses.w2(*single(x, y), has_aux=True)
+    value, info = losses.w2(*single(x, y), solver="sinkhorn", has_aux=True)
     assert info.converged and info.n_iters > 500
     np.testing.assert_allclose(value, oracles.w2(x, y), rtol=1e-2)
     assert np.abs(info.coupling.sum(0) - 1 / m).sum() < 1e-3  # the solvers' own limit is half of it
@@ -69,14 +69,17 @@ def test_w2_where_clusters_differ_in_mass(n, m, wrong):
 def test_w2_between_clouds_of_unequal_size(n, m):
     x, y, _ = draw("gaussian", max(n, m), 16)
     x, y = x[:n], y[:m]
-    np.testing.assert_allclose(losses.w2(*single(x, y)), oracles.w2(x, y), rtol=1e-2)
+    for solver in ("auto", "sinkhorn"):  # "auto" is Sinkhorn here
+        value = losses.w2(*single(x, y), solver=solver)
+        np.testing.assert_allclose(value, oracles.w2(x, y), rtol=1e-2)
     expected = oracles.gaussian_w2(x, y)
     np.testing.assert_allclose(losses.gaussian_w2(*single(x, y)), expected, rtol=1e-3)
     expected = oracles.gaussian_kl(x, y, s=oracles.ridge(x, y, 0.1))
     np.testing.assert_allclose(losses.gaussian_kl(*single(x, y)), expected, rtol=5e-3)
     h_s, h_t = logits_of(x), logits_of(y, seed=2)
     expected = oracles.jw2(x, y, h_s, h_t, beta=1.0, kind="cross_entropy")
-    np.testing.assert_allclose(losses.jw2(*single(x, y, h_s, h_t)), expected, rtol=1e-2)
+    value = losses.jw2(*single(x, y, h_s, h_t), solver="sinkhorn")
+    np.testing.assert_allclose(value, expected, rtol=1e-2)
 
 
 def test_small_singular_values_are_kept_in_a_large_batch():
@@ -147,7 +150,7 @@ def test_exact_transport_gradients_use_the_oracles_coupling(kind, n, d, classes)
 def test_sinkhorn_gradients_use_their_own_coupling(kind):
     x, y, labels = draw(kind, 96, 24, classes=5)
     for function, arrays in ((losses.w2, (x, y)), (losses.cw2, (x, y, labels))):
-        value, info = function(*single(*arrays), has_aux=True)
+        value, info = function(*single(*arrays), solver="sinkhorn", has_aux=True)
         plan = np.asarray(info.coupling, np.float64)
         assert bool(info.converged)
         np.testing.assert_allclose(plan.sum(), 1, rtol=1e-5)
@@ -159,7 +162,7 @@ def test_sinkhorn_gradients_use_their_own_coupling(kind):
         np.testing.assert_allclose(plan.sum(1), weights, rtol=1e-4)
         assert np.abs(plan.sum(0) - weights).sum() < 1e-3
         np.testing.assert_allclose(value, (plan * oracles.distances(x, y)).sum(), rtol=1e-4)
-        gradient = jax.grad(function)(*single(*arrays))
+        gradient = jax.grad(function)(*single(*arrays), solver="sinkhorn")
         expected = transport_gradient(plan, x, y)
         np.testing.assert_allclose(
             gradient, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max()

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 
 from kd2m_jax import losses
-from kd2m_jax.losses import _gaussian
+from kd2m_jax.losses import _polar
 
-FACTORS = [_gaussian.polar_by_svd, _gaussian.polar_by_products]
+FACTORS = [_polar.by_svd, _polar.by_products]
+
+
+def factor_of(factor, k):
+    left, right = (np.asarray(side, np.float64) for side in factor(k, _polar.tolerance(k)))
+    return left @ right.T
 
 
 def masked(n, d, scale, classes=4):
@@ -21,7 +26,7 @@ def masked(n, d, scale, classes=4):
         for z in (x, y):
             z[mine] -= z[mine].mean(0)
             z[mine] *= (scale if c == 0 else 1) / np.linalg.norm(z[mine])
-    x, y = (z / np.where(labels == 0, scale, 1)[:, None] for z in (x, y))  # as _nuclear_norm does
+    x, y = (z / np.where(labels == 0, scale, 1)[:, None] for z in (x, y))  # as _scaled does
     return (x @ y.T) * (labels[:, None] == labels), y
 
 
@@ -33,7 +38,7 @@ def test_null_directions_are_left_out(factor, n, d):
     u, s, vt = np.linalg.svd(k)
     expected = (u * (s > 1e-10)) @ vt
     k32 = jnp.asarray(k, jnp.float32)
-    found = np.asarray(factor(k32, _gaussian.tolerance(k32)), np.float64)
+    found = factor_of(factor, k32)
     assert (found * k).sum() == pytest.approx(s.sum(), rel=2e-6)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     np.testing.assert_allclose(found @ y, expected @ y, atol=1e-5)
@@ -42,8 +47,11 @@ def test_null_directions_are_left_out(factor, n, d):
 @pytest.mark.parametrize("factor", FACTORS)
 def test_zero_and_rank_one(factor):
     zero, one = jnp.zeros((6, 6)), jnp.ones((6, 6)) / 6
-    np.testing.assert_array_equal(factor(zero, _gaussian.tolerance(zero)), zero)
-    np.testing.assert_allclose(factor(one, _gaussian.tolerance(one)), one, atol=1e-6)
+    np.testing.assert_array_equal(factor_of(factor, zero), zero)
+    np.testing.assert_allclose(factor_of(factor, one), one, atol=1e-6)
+    wide = jnp.eye(3, 5) / 2
+    np.testing.assert_allclose(factor_of(factor, wide), 2 * wide, atol=1e-6)
+    np.testing.assert_allclose(factor_of(factor, wide.T), 2 * wide.T, atol=1e-6)
 
 
 def test_more_samples_than_features_cost_no_n_by_n_matrix():

@@ -60,7 +60,8 @@ def jw2(x, y, h_s, h_t, *, beta, kind):
 
 
 def covariance(x):
-    return np.atleast_2d(np.cov(x, rowvar=False, bias=True))
+    centred = x - x.mean(0)  # NumPy 2.0's np.cov takes a single row for a column
+    return centred.T @ centred / len(x)
 
 
 def sqrtm(a):

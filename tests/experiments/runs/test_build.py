@@ -1,18 +1,16 @@
 """The parts of a plan: lambda, projectors and class costs."""
 
 import dataclasses
-import json
-import sys
+
 import numpy as np
 import pytest
 from flax import nnx
+
 from experiments import digits
-from experiments.common import cli
 from experiments.common.errors import UsageError
 from experiments.data.load import load
 from experiments.runs import build
 from experiments.runs.configuration import configuration
-from experiments.runs.folder import read_metrics
 from experiments.runs.settings import Distillation
 from kd2m_jax import losses, models
 

@@ -11,7 +11,7 @@ from experiments.data.load import load
 from experiments.runs.build import build
 from experiments.runs.configuration import ABSENT, RunConfig, configuration
 from experiments.runs.folder import RunFolder
-from experiments.runs.settings import Distillation
+from experiments.runs.settings import Distillation, Run
 
 # What this version's predecessors wrote, to the byte.
 WRITTEN = """{
@@ -111,3 +111,28 @@ def test_what_is_not_the_configuration_of_a_run_is_refused(change, message, tmp_
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
         _ = RunFolder(tmp_path).config
+
+
+def test_teachers_are_told_apart_by_all_that_made_them():
+    settings = dataclasses.replace(digits.DEFAULTS, run=Run())
+    data = load("digits")
+    ours = configuration(settings, data)
+    name = ours.teacher_name
+    others = [
+        configuration(settings, dataclasses.replace(data, train=data.test)),
+        *(
+            configuration(settings, dataclasses.replace(data, **change))
+            for change in ({"mean": (5.0,)}, {"std": (5.0,)}, {"crop_padding": 1}, {"flip": True})
+        ),
+        *(
+            dataclasses.replace(ours, **change)
+            for change in ({"optimizer": "SGD 0.2"}, {"seed": 1}, {"epochs": 21})
+        ),
+        *(
+            dataclasses.replace(ours, **change)
+            for change in ({"teacher_sha256": "0"}, {"precision": "bf16"})
+        ),
+    ]
+    assert len({name, *(other.teacher_name for other in others)}) == 1 + len(others)
+    same = dataclasses.replace(ours, metric="w2", coef=(1.0,), student="mlp-8")
+    assert same.teacher_name == name

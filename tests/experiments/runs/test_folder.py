@@ -1,42 +1,15 @@
 """The run folder: its lock, its environment, and what it refuses."""
 
-import dataclasses
 import json
-import os
-import random
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
-import chex
-import numpy as np
-import orbax.checkpoint as ocp
+
 import pytest
-from matplotlib import get_cachedir
-from torch_files import pickled_state, torch_state, write_pth, write_safetensors
+
 from experiments import digits
 from experiments.common import cli
-from experiments.data.load import load
-from experiments.runs import report
-from experiments.runs.configuration import configuration
-from experiments.runs.folder import RunFolder, read_metrics
-from experiments.runs.settings import Run
-from kd2m_jax._locks import locked
-import io
-import json
-import sys
-import jax.numpy as jnp
-import numpy as np
-import optax
-import pytest
-from tqdm import tqdm
-from experiments import digits
-from experiments.common import cli
-from experiments.runs import progress, report, settings
 from experiments.runs.folder import RunFolder
-from experiments.runs.protocols import PROTOCOLS
+from kd2m_jax.internal import locked
 
 SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
 

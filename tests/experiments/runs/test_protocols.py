@@ -1,30 +1,16 @@
 """The learning rates of each protocol, epoch by epoch."""
 
-import dataclasses
 import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-from experiments.data.augment import preprocess
-from experiments.data.specs import DATASETS, Dataset
-from experiments.runs.protocols import PROTOCOLS
-import io
-import json
-import sys
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tqdm import tqdm
-from experiments import digits
-from experiments.common import cli
-from experiments.runs import progress, report, settings
-from experiments.runs.folder import RunFolder
+
 from experiments.runs.protocols import PROTOCOLS
 
 
 def rates(name, epochs, steps_per_epoch=10):
-    """The learning rate of each epoch's first and last step, as the optimizer applies it."""
+    """Return the learning rate of each epoch's first and last step, as the optimizer applies it."""
     optimizer = PROTOCOLS[name].optimizer(epochs, steps_per_epoch)
     first = []
     params = jnp.zeros(())

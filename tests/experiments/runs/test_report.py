@@ -1,18 +1,6 @@
 """The curves of a report."""
 
-import io
-import json
-import sys
-import jax.numpy as jnp
-import numpy as np
-import optax
-import pytest
-from tqdm import tqdm
-from experiments import digits
-from experiments.common import cli
-from experiments.runs import progress, report, settings
-from experiments.runs.folder import RunFolder
-from experiments.runs.protocols import PROTOCOLS
+from experiments.runs import report
 
 
 class Counted(list):

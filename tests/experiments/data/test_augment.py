@@ -1,4 +1,4 @@
-"""Crop, flip and normalisation, and the schedules by epoch."""
+"""Crop, flip and normalisation."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ import pytest
 
 from experiments.data.augment import preprocess
 from experiments.data.specs import DATASETS, Dataset
-from experiments.runs.protocols import PROTOCOLS
 
 KEYS = jax.random.split(jax.random.key(0), 2000)
 
@@ -67,45 +66,3 @@ def test_evaluation_normalises_and_nothing_else():
         [x[0, 0, 0, 0], (x[0, 0, 0, 1] - 10.0) / 2, (x[0, 0, 0, 2] - 20.0) / 4],
         rtol=1e-6,
     )
-
-
-def rates(name, epochs, steps_per_epoch=10):
-    """Return the learning rate of each epoch's first and last step, as the optimizer applies it."""
-    optimizer = PROTOCOLS[name].optimizer(epochs, steps_per_epoch)
-    first = []
-    params = jnp.zeros(())
-    # Without momentum's past, a unit gradient's update is the rate.
-    fresh = optimizer.init(params)
-    for step in (e * steps_per_epoch + s for e in range(epochs) for s in (0, steps_per_epoch - 1)):
-
-        def at(leaf, step=step):
-            return jnp.asarray(step) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf
-
-        update, _ = optimizer.update(jnp.ones(()), jax.tree.map(at, fresh), params)
-        first.append(-float(update))
-    return np.array(first).reshape(epochs, 2)
-
-
-def test_kd2m_is_the_papers_schedule():
-    found = rates("kd2m", 15)
-    t = np.arange(15) / 15
-    expected = 1e-4 + (1e-2 - 1e-4) * (1 + np.cos(np.pi * t)) / 2  # torch's CosineAnnealingLR
-    np.testing.assert_allclose(found, np.stack([expected, expected], 1), rtol=1e-4)
-    assert (PROTOCOLS["kd2m"].epochs, PROTOCOLS["kd2m"].batch_size) == (15, 128)
-
-
-def test_crd_drops_at_150_180_and_210_of_240():
-    found = rates("crd", 240, 4)
-    expected = 0.05 * 0.1 ** sum((np.arange(240) >= e).astype(float) for e in (150, 180, 210))
-    np.testing.assert_allclose(found, np.stack([expected, expected], 1), rtol=1e-4)
-    assert (PROTOCOLS["crd"].epochs, PROTOCOLS["crd"].batch_size) == (240, 64)
-    # Weight decay 5e-4 before the momentum, as torch's SGD has it.
-    optimizer = PROTOCOLS["crd"].optimizer(240, 4)
-    update, _ = optimizer.update(jnp.zeros(()), optimizer.init(jnp.ones(())), jnp.ones(()))
-    np.testing.assert_allclose(update, -0.05 * 5e-4, rtol=1e-5)
-
-
-def test_digits_falls_by_a_cosine_to_nothing():
-    found = rates("digits", 20).ravel()
-    assert found[0] == pytest.approx(0.1) and found[-1] < 1e-4
-    assert (np.diff(found) < 0).all()

@@ -9,7 +9,6 @@ import pytest
 
 from experiments import table, tradeoff
 from experiments.analysis.finished import finished, outputs
-from experiments.bench import population as bench_population
 from experiments.common import cli
 from experiments.runs import train
 from experiments.runs.folder import read_metrics
@@ -131,10 +130,3 @@ def test_one_that_diverges_leaves_the_others_to_themselves(monkeypatch, tmp_path
     for module in (train, population):
         monkeypatch.setattr(module, "fit", None)
     in_process(monkeypatch, tradeoff, tradeoff.Tradeoff(), tmp_path, *flags)
-
-
-def test_the_bench_times_students_apart_and_together(tmp_path):
-    pairs = (("mlp-8-4", "mlp-6-4", (4, 4, 1)),)
-    rows, notes = bench_population.population(str(tmp_path), pairs, students=2, batch=8, repeats=1)
-    assert [row["programs"] for row in rows] == [2, 1]
-    assert rows[0]["ratio"] == 1 and f"{rows[1]['ratio']:.2f} of one" in notes[0]

@@ -1,0 +1,16 @@
+"""The global batch over several devices."""
+
+from experiments.bench import (
+    devices,
+)
+
+
+def test_devices_say_what_is_exchanged_and_what_the_metric_takes(monkeypatch, tmp_path):
+    rows, _ = devices.devices(tmp_path, counts=(2,), sizes=(16,), repeats=1)
+    [row] = rows
+    assert (row["devices"], row["n"]) == (2, 16) and row["share"] < 1
+    # Both networks' 128 features; for the cross-entropy the student's 10 logits, and labels.
+    assert row["gathered bytes"] == 4 * 16 * (2 * 128 + 10 + 1)
+    planted = [{"devices": 2, "n": n, "share": n / 1000} for n in (128, 512, 1024)]
+    assert devices._note(2, planted).endswith("more than half of the step from n = 512 on")
+    assert devices._note(2, planted[:1]).endswith("at no n up to 128")
