@@ -118,6 +118,7 @@ def run_phase(
             log_every=LOG_EVERY,
             callbacks=[folder.writer(phase), progress] if is_first() else [],
             checkpoint_dir=checkpoint_dir,
+            progress=False,  # the bar here counts images
             **plan.options,
             **matching,
         )

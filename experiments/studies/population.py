@@ -86,6 +86,7 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
             log_every=LOG_EVERY,
             callbacks=[progress],
             checkpoint_dir=shared,
+            progress=False,
             **first.options,
         )
     states = [result.state for result in results]
