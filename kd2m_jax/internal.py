@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from kd2m_jax._locks import locked as locked
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
-    from kd2m_jax.losses._gaussian import polar_by_products as polar_by_products
-    from kd2m_jax.losses._gaussian import polar_by_svd as polar_by_svd
-    from kd2m_jax.losses._gaussian import tolerance as tolerance
     from kd2m_jax.losses._metrics import spelled as spelled
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
+    from kd2m_jax.losses._polar import by_products as by_products
+    from kd2m_jax.losses._polar import by_svd as by_svd
+    from kd2m_jax.losses._polar import tolerance as tolerance
     from kd2m_jax.models._torch_weights import local_file as local_file
     from kd2m_jax.training._auto_coef import auto_ratio as auto_ratio
     from kd2m_jax.training._batches import Batches as Batches
@@ -55,9 +55,9 @@ _HOMES = {
     "Records": "training._records",
     "local_file": "models._torch_weights",
     "did_you_mean": "losses._checks",
-    "polar_by_products": "losses._gaussian",
-    "polar_by_svd": "losses._gaussian",
-    "tolerance": "losses._gaussian",
+    "by_products": "losses._polar",
+    "by_svd": "losses._polar",
+    "tolerance": "losses._polar",
     "spelled": "losses._metrics",
     "KERNELS": "losses._mmd",
     "as_network": "adapters",

@@ -100,7 +100,6 @@ def over_training(run: Finished, phase: str, points: int) -> Iterator[tuple[floa
                 fresh,
                 plan.dataset.train,
                 checkpoint_dir=folder,
-                progress=False,
                 **options,
                 **matching,
             )

@@ -11,7 +11,7 @@ from experiments.bench import measure
 from experiments.bench.answers import GAUSSIAN_LIMIT, answer, features, textbook_gaussian_w2
 from experiments.bench.answers import verdict as right_or_wrong
 from kd2m_jax import losses
-from kd2m_jax.internal import polar_by_products, polar_by_svd
+from kd2m_jax.internal import by_products, by_svd
 from kd2m_jax.internal import tolerance as polar_tolerance
 
 
@@ -108,11 +108,12 @@ def _polar(n: int, d: int, repeats: int) -> list[dict]:
     nuclear = np.linalg.svd(np.asarray(k, np.float64), compute_uv=False).sum()
     cases = []
     for what, factor in (
-        ("SVD", polar_by_svd),
-        ("products", polar_by_products),
+        ("SVD", by_svd),
+        ("products", by_products),
     ):
         program = jax.jit(functools.partial(factor, tolerance=polar_tolerance(k)))
-        off = float(jnp.sum(program(k) * k)) / nuclear - 1
+        left, right = program(k)
+        off = float(jnp.sum(jnp.matmul(left, right.T, precision="highest") * k)) / nuclear - 1
 
         def run(program=program):
             jax.block_until_ready(program(k))

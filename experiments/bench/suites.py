@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 Name = Literal[
-    "peers", "classes", "gaussian", "growth", "step", "start", "first-minutes", "devices", "population",
+    "peers", "classes", "gaussian", "growth", "step", "start", "first-minutes", "devices",
+    "population",
     "gpu-step", "gpu-epoch", "gpu-torch",
 ]  # fmt: skip
 NAMES: tuple[str, ...] = get_args(Name)

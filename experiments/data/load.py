@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from experiments.common.errors import reading
+from experiments.data.array_cache import cached
 from experiments.data.specs import DATASETS, Dataset, Spec
 
 
@@ -81,7 +82,12 @@ def _prepared(spec: Spec, data_dir: str | os.PathLike | None, progress: bool):
         if "array_record" not in formats:
             raise ValueError(f"its format, {', '.join(formats)}, is read by TensorFlow alone")
         classes = tuple(builder.info.features["label"].names)
-        return classes, *(_decode(builder, s, remedy, progress) for s in ("train", "test"))
+
+        def decode():
+            return [a for s in ("train", "test") for a in _decode(builder, s, remedy, progress)]
+
+        x, labels, test_x, test_labels = cached(pathlib.Path(builder.data_path), decode)
+        return classes, (x, labels), (test_x, test_labels)
 
 
 def _decode(builder, split: str, remedy: str, progress: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ class Options(TypedDict):
     per_class: int | None
     seed: int
     max_steps: int | None
+    progress: bool
 
 
 class Matching(TypedDict, total=False):
@@ -92,6 +93,7 @@ class Plan:
             "per_class": config.per_class,
             "seed": config.seed,
             "max_steps": config.max_steps,
+            "progress": False,  # the experiments show bars of their own
         }
 
     def matching(self, teacher: nnx.Module) -> Matching:

@@ -7,7 +7,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from experiments.common import machine
 from experiments.common.errors import UsageError
@@ -171,8 +171,9 @@ class RunFolder:
         record = {"step": int(step[1]) if step else 0, "message": message}
         (self.path / "diverged.json").write_text(json.dumps(record) + "\n")
 
-    def writer(self, phase: str):
-        """Return a callback of `kd2m_jax.fit` that writes a phase's records.
+    @contextlib.contextmanager
+    def writer(self, phase: str) -> Iterator[Callable[[dict], None]]:
+        """Yield a callback of `kd2m_jax.fit` that writes a phase's records.
 
         They replace the records that an earlier attempt at the phase wrote.
         """
@@ -184,16 +185,16 @@ class RunFolder:
         scratch.replace(file)
         events = self.path / "tensorboard" / phase
         shutil.rmtree(events, ignore_errors=True)
-        write_events = event_writer(events)
 
         def write(record: dict) -> None:
             values = {k: v for k, v in record.items() if k not in ("steps", "replayed")}
             with file.open("a") as out:
                 out.write(json.dumps({"phase": phase, **values}) + "\n")
-            scalars = {k: v for k, v in values.items() if k not in ("step", "epoch")}
-            write_events(record["step"], scalars)
+            for name in values.keys() - {"step", "epoch"}:
+                writer.add_scalar(name, record[name], record["step"])
 
-        return write
+        with event_writer(events) as writer:
+            yield write
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:

@@ -63,7 +63,7 @@ class Training:
     precision: Literal["f32", "bf16"] = "f32"
     """Losses stay float32."""
     seed: int = 0
-    """Random seed for initialisation, data order and augmentation."""
+    """Random seed for weights, data order and augmentation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Run:
     """Continue what is in --out."""
     max_steps: Annotated[int | None, optional("INT", "no limit")] = None
     """Cut each phase, for a trial."""
+    save_every: float = 60.0
+    """Seconds between checkpoints."""
     distributed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One run by several processes."""
     coordinator: Annotated[str | None, optional("HOST:PORT", "detected")] = None
@@ -162,6 +164,8 @@ def check(settings: Settings) -> None:
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
+    if not r.save_every >= 0:
+        raise UsageError(f"--save-every must be >= 0 seconds, got {r.save_every:g}")
     _check_processes(r)
 
 

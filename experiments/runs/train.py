@@ -89,7 +89,7 @@ def distil(settings: Settings, dataset: Dataset, folder: RunFolder | None = None
     )
     with held_by_first(opened) as folder:
         by_first(lambda: folder.write_environment(**devices()))
-        phase = functools.partial(run_phase, folder, plan)
+        phase = functools.partial(run_phase, folder, plan, save_every=settings.run.save_every)
         cache = folder.teacher(plan.config)
         # Several runs share a teacher: one trains it, the others wait.
         with held_by_first(locked(cache / ".training", waiting=print)):
@@ -107,22 +107,26 @@ def run_phase(
     phase: str,
     network: nnx.Module | Network,
     checkpoint_dir: pathlib.Path,
+    *,
+    save_every: float,
     **matching: Unpack[Matching],
 ) -> FitResult:
     """Train one network, with a progress bar, into the run folder."""
-    with shown(report.TITLES[phase], plan) as progress:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(shown(report.TITLES[phase], plan))
+        callbacks = [stack.enter_context(folder.writer(phase)), bar] if is_first() else []
         result = fit(
             network,
             plan.dataset.train,
             eval_data=plan.dataset.test,
             log_every=LOG_EVERY,
-            callbacks=[folder.writer(phase), progress] if is_first() else [],
+            callbacks=callbacks,
             checkpoint_dir=checkpoint_dir,
-            progress=False,  # the bar here counts images
+            save_every=save_every,
             **plan.options,
             **matching,
         )
-    if speed := progress.images_per_second():
+    if speed := bar.per_second():
         folder.write_speed(phase, speed)
     return result
 

@@ -86,7 +86,6 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
             log_every=LOG_EVERY,
             callbacks=[progress],
             checkpoint_dir=shared,
-            progress=False,
             **first.options,
         )
     states = [result.state for result in results]
@@ -96,7 +95,7 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
     if last is None or best is None:
         raise UsageError(f"the checkpoints in {shared} cannot be read: delete it to train anew")
     (_, record), (best_variables, _) = last, best
-    speed = progress.images_per_second()
+    speed = progress.per_second()
     for i, (cell, plan) in enumerate(zip(group, plans, strict=True)):
         with cell.folder.opened(plan.config, resume=True) as folder:
             folder.write_environment(**devices(), students_in_one_program=len(group))

@@ -48,7 +48,8 @@ class Progress:
             from tqdm.auto import tqdm
 
         total = None if steps is None else steps * batch_size
-        self._bar = tqdm(desc=title, total=total, unit=" examples", unit_scale=True, **options)
+        options = {"unit": " examples", "unit_scale": True} | options
+        self._bar = tqdm(desc=title, total=total, **options)
         self._batch_size = batch_size
         self._scores: dict[str, str] = {}
         self._marks: list[tuple[float, float]] = []
@@ -69,7 +70,10 @@ class Progress:
         self._marks.append((time.perf_counter(), examples))
 
     def per_second(self) -> float | None:
-        """From the first record, so without compilation, to the last; evaluations included."""
+        """Return the speed from the first record to the last.
+
+        Evaluations are included. Compilation comes before the first record, so it is not.
+        """
         if len(self._marks) < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]
