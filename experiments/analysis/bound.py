@@ -96,13 +96,7 @@ def over_training(run: Finished, phase: str, points: int) -> Iterator[tuple[floa
         for stop in tqdm(stops, desc=report.TITLES[phase], unit=" points"):
             options = plan.options
             options["max_steps"] = stop
-            result = fit(
-                fresh,
-                plan.dataset.train,
-                checkpoint_dir=folder,
-                **options,
-                **matching,
-            )
+            result = fit(fresh, plan.dataset.train, checkpoint_dir=folder, **options, **matching)
             yield stop / plan.steps_per_epoch, result.student
 
 
