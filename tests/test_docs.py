@@ -20,7 +20,7 @@ MODULES = {
 # Exceptions to the rules below, each with its reason.
 NO_ARRAYS = {  # they take and give no arrays, so there are no shapes to name
     "get_metric", "metric_sum", "from_linen", "from_nnx", "load_torch_weights", "Metric",
-    "MetricSum", "MetricInfo", "Network", "FitResult", "published",
+    "MetricSum", "MetricInfo", "Network", "FitResult", "published", "restore",
 }  # fmt: skip
 RESULTS = {"Bound", "LossTerms", "MetricInfo", "Metric", "MetricSum", "TransportInfo"}
 # what a function returns, and shows in its own example

@@ -1,5 +1,7 @@
 """Turn uint8 images on the device into the network's input, inside the compiled step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,23 +14,24 @@ def preprocess(dataset: Dataset):
     Each image has its own key, so its augmentation does not depend on the number of devices.
     Without keys (evaluation) images are only normalised.
     """
-    mean, std = (
-        jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (dataset.mean, dataset.std)
-    )
+    moments = [tuple(float(v) for v in values) for values in (dataset.mean, dataset.std)]
+    # Numbers and no arrays, so that `fit` can share programs between runs.
+    return functools.partial(_prepare, *moments, dataset.crop_padding, dataset.flip)
 
-    def augment(image, key):
-        crop_key, flip_key = jax.random.split(key)
-        if pad := dataset.crop_padding:
-            padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
-            corner = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
-            image = jax.lax.dynamic_slice(padded, (*corner, 0), image.shape)
-        if dataset.flip:
-            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-        return image
 
-    def apply(x, keys):
-        if keys is not None and (dataset.crop_padding or dataset.flip):
-            x = jax.vmap(augment)(x, keys)
-        return (x.astype(jnp.float32) - mean) / std
+def _prepare(mean: tuple, std: tuple, crop_padding: int, flip: bool, x, keys):
+    if keys is not None and (crop_padding or flip):
+        x = jax.vmap(functools.partial(_augmented, crop_padding, flip))(x, keys)
+    shift, scale = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+    return (x.astype(jnp.float32) - shift) / scale
 
-    return apply
+
+def _augmented(crop_padding: int, flip: bool, image: jax.Array, key: jax.Array) -> jax.Array:
+    crop_key, flip_key = jax.random.split(key)
+    if pad := crop_padding:
+        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        corner = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
+        image = jax.lax.dynamic_slice(padded, (*corner, 0), image.shape)
+    if flip:
+        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    return image

@@ -29,7 +29,7 @@ class Groups(NamedTuple):
     same: jax.Array | None
     size_s: jax.Array
     size_t: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # of tuple
 
     @property
     def weight_s(self) -> jax.Array:

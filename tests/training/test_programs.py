@@ -67,7 +67,7 @@ def test_calls_of_one_structure_share_a_program_and_end_as_they_would_alone(trac
         {"task_coef": 0.5},
         {"devices": jax.devices()[:1]},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_what_differs_is_compiled_anew(other, traces):
     usual = {"student": mlp(1), "teacher": mlp(0), "metric": "cw2", "coef": 0.1}
