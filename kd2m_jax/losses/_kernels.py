@@ -124,10 +124,10 @@ def _rbf(xx: jax.Array, xy: jax.Array, yy: jax.Array, a: jax.Array, moved: jax.A
 
 
 def _expm1_near(x: jax.Array) -> jax.Array:
-    """``exp(x) - 1`` for ``|x| <= 1/2`` to float64's digits, faster than the library's."""
+    """``exp(x) - 1`` for ``|x| <= 1/2``, by a series faster than the library's."""
     terms = 1.0
-    for k in range(14, 1, -1):
-        terms = 1 + x / k * terms
+    for k in range(8 if x.dtype == jnp.float32 else 15, 1, -1):
+        terms = 1 + x * (1 / k) * terms
     return x * terms
 
 
