@@ -97,6 +97,7 @@ def epoch(data: Dataset, pair: tuple[str, str], batch: int, dtype: str, repeats:
         epochs=1 + repeats,
         batch_size=batch,
         log_every=10**9,  # at the ends of epochs alone
+        progress=False,
         callbacks=[lambda record: ends.append(time.perf_counter())],
     )
     q1, median, q3 = (float(q) for q in np.percentile(1e3 * np.diff(ends), [25, 50, 75]))

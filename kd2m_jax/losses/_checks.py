@@ -68,12 +68,21 @@ def replicated(x: ArrayLike) -> jax.Array:
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
+def varies(x: jax.Array) -> bool:
+    """Return whether an array differs over the devices of a shard_map with its default checks."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # jax >= 0.10; before, the set itself
+    return bool(kind.vma if manual is None else manual.varying)
+
+
 def varying(tree: T, like: jax.Array) -> T:
-    """Constants typed as what a loop or a branch computes from ``like``, for `jax.shard_map`.
+    """Type constants as what a loop or a branch computes from ``like``, for `jax.shard_map`.
 
     Its default checks tell apart what varies over a mesh axis from what does not, and a loop must
     start with the types that it ends with. XLA removes the choice between two equal values.
     """
+    if not varies(like):
+        return tree
     never = jnp.zeros_like(like, shape=(), dtype=bool)  # varies as ``like`` does
     return jax.tree.map(lambda x: jnp.where(never, x, x), tree)
 

@@ -38,7 +38,7 @@ def between_features(groups: Groups) -> PairCost:
     def matrix(x, y):
         if groups.same is not None:
             # Only distances within a class count, and a tight class may lie far from the others.
-            centre = jax.lax.stop_gradient((groups.middle(x) + groups.middle(y)) / 2)
+            centre = jax.lax.stop_gradient((groups.mean(x) + groups.mean(y)) / 2)
             x, y = x - centre, y - centre
         return squared_distances(x, y)
 

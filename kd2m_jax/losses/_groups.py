@@ -6,7 +6,7 @@ and no padding, so 1,000 classes cost what 10 do.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,16 +119,17 @@ def magnitude(*arrays: jax.Array, axis: int | None = None) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def in_unit(length: Callable, unit: jax.Array, z: jax.Array, *rest) -> jax.Array:
+def in_unit(length: Callable, unit: jax.Array, z: Any, *rest) -> jax.Array:
     """``length(z, *rest)``, which grows as z does, computed in a unit where squares are numbers."""
-    return unit * length(z / unit, *rest)
+    return unit * length(jax.tree.map(lambda a: a / unit, z), *rest)
 
 
 @in_unit.defjvp
 def _(length, primals, tangents):
     unit, z, *rest = primals
+    z = jax.tree.map(lambda a: a / unit, z)
     # The derivative of a length does not depend on the unit, whose square may be no number.
-    value, slope = jax.jvp(lambda z: length(z, *rest), (z / unit,), (tangents[1],))
+    value, slope = jax.jvp(lambda z: length(z, *rest), (z,), (tangents[1],))
     return unit * value, slope
 
 
