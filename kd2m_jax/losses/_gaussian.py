@@ -21,6 +21,9 @@ from kd2m_jax.losses._groups import (
     magnitude,
     safe_sqrt,
 )
+from kd2m_jax.losses._polar import polar_by_products as polar_by_products
+from kd2m_jax.losses._polar import polar_by_svd as polar_by_svd
+from kd2m_jax.losses._polar import tolerance as tolerance
 from kd2m_jax.losses._polar import unmatched
 
 COVARIANCES = ("full", "diagonal")

@@ -208,6 +208,18 @@ def by_products(k: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
     return _dot(p, (one + sign) / 2), one
 
 
+def polar_by_svd(k: jax.Array, tolerance: float) -> jax.Array:
+    """The factor as one matrix, for the benchmark of both ways."""
+    left, right = by_svd(k, tolerance)
+    return _dot(left, right.T)
+
+
+def polar_by_products(k: jax.Array, tolerance: float) -> jax.Array:
+    """The factor as one matrix, for the benchmark of both ways."""
+    left, right = by_products(k, tolerance)
+    return _dot(left, right.T)
+
+
 @jax.custom_jvp
 def _singular(x: jax.Array, y: jax.Array, groups: Groups):
     """``U``, ``S`` and ``V`` of K, those of the null vectors 0."""

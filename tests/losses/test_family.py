@@ -10,6 +10,7 @@ import pytest
 from clouds import KINDS, draw
 from draws import draw_cost, draw_logits, draw_maps, single
 from reference import family, oracles
+from scipy.special import log_softmax
 
 from kd2m_jax import Outputs, losses
 from kd2m_jax.losses._mmd import KERNELS
@@ -254,3 +255,23 @@ def test_wkd_f_uses_the_last_stage_and_compares_maps_of_unequal_size():
         losses.wkd_f(maps_s, maps_t, mean_coef=1e6),
         rtol=1e-4,  # the means are the same, the unbiased variances nearly
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 300.0, 1e5])
+@pytest.mark.parametrize("step", [1.0, 1e-2, 1e-4])
+def test_kd_near_equality_and_at_high_temperatures(temperature, step):
+    """First-order terms cancelled in float32: at step 1e-4 and T = 4 the value was -43 of 1."""
+    h_t = draw_logits()[1].astype(np.float32).astype(np.float64)
+    h_s = h_t + step * np.random.default_rng(1).normal(size=h_t.shape)
+    h_s = h_s.astype(np.float32).astype(np.float64)
+    log_s, log_t = (log_softmax(h / temperature, axis=1) for h in (h_s, h_t))
+    expected = temperature**2 * (np.exp(log_t) * (log_t - log_s)).sum(1).mean()
+    if temperature == 1e5:  # float64 cancels here too: half the variance is all that is left
+        p, gap = np.exp(log_t), h_s - h_t
+        gap = gap - (p * gap).sum(1, keepdims=True)
+        expected = (p * gap**2).sum(1).mean() / 2
+    slope = temperature * (np.exp(log_s) - np.exp(log_t)) / len(h_s)
+    loss = functools.partial(losses.kd, temperature=temperature)
+    value, gradient = jax.value_and_grad(loss)(*single(h_s, h_t))
+    np.testing.assert_allclose(value, expected, rtol=1e-3)
+    np.testing.assert_allclose(gradient, slope, atol=1e-3 * np.abs(slope).max())

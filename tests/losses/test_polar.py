@@ -8,12 +8,11 @@ import pytest
 from kd2m_jax import losses
 from kd2m_jax.losses import _polar
 
-FACTORS = [_polar.by_svd, _polar.by_products]
+FACTORS = [_polar.polar_by_svd, _polar.polar_by_products]
 
 
 def factor_of(factor, k):
-    left, right = (np.asarray(side, np.float64) for side in factor(k, _polar.tolerance(k)))
-    return left @ right.T
+    return np.asarray(factor(k, _polar.tolerance(k)), np.float64)
 
 
 def masked(n, d, scale, classes=4):
