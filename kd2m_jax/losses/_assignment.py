@@ -12,10 +12,8 @@ How it is written is for XLA:CPU, where an iteration is one scan of a row of cos
 
 - A body has at most eight operations after fusion. They then run one after the other, without
   the bookkeeping that lets independent ones run at once: up to 40% at n = 512.
-- A body copies no array. XLA copies one that is read before it is written, so an element is
-  written at the start of the next iteration and carried there as scalars.
-- Row n and column n mean "none". Arrays by row have an entry n, which takes writes that are to
-  have no effect; a branch would cost more.
+- A body copies no array: an element is written at the start of the next iteration.
+- Row n and column n mean "none": entry n takes writes that are to have no effect.
 """
 
 from typing import NamedTuple
@@ -150,9 +148,6 @@ def _spread(cost: jax.Array) -> jax.Array:
     return s.repeat(16, add, jnp.zeros_like(cost[0, 0]))
 
 
-# --- The start: greedy, then an auction ---------------------------------------------------------
-
-
 def _start(cost, prices, increment) -> _Pairing:
     """Raise prices until each column is some row's best; pair greedily; auction off the rest."""
     n = cost.shape[0]
@@ -248,8 +243,7 @@ def _auction(cost, prices, row_of, free_rows, left, increment):
     spare = jnp.where(increment > 0, n // 50, 0)
     bids = jnp.where(increment > 0, BIDS_PER_ROW, 2) * n
     infinity, word = cost.dtype.type(np.inf), s.signed(cost.dtype)
-    _, size = s.cut(width)
-    names = lax.iota(s.INT, 8)
+    (_, size), names = s.cut(width), lax.iota(s.INT, 8)
     last = n + BIDS_PER_ROW * n  # the queue's entry for writes that are to have no effect
 
     def words(x):
@@ -274,8 +268,8 @@ def _auction(cost, prices, row_of, free_rows, left, increment):
         j = lane + size * step
         holder = s.take(columns[1], j)
         price = lax.bitcast_convert_type(s.take(columns[0], j), cost.dtype)
-        margin = jnp.where(second < infinity, second - first, 0) + increment
-        offer = s.lower(price - margin, price)
+        offer = price - (jnp.where(second < infinity, second - first, 0) + increment)
+        offer = s.lower(offer, price)
         taken = holder < n
         # A tie for a column that is taken is left to the searches.
         accepted = (first < infinity) & ((offer < price) | ~taken)
@@ -298,9 +292,6 @@ def _auction(cost, prices, row_of, free_rows, left, increment):
     )
     columns, _ = write(state, columns, queue)
     return lax.bitcast_convert_type(columns[0], cost.dtype), columns[1].astype(s.INT)
-
-
-# --- A search, and what it changes --------------------------------------------------------------
 
 
 def _search(cost, pairing: _Pairing) -> _Pairing:
