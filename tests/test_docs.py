@@ -52,7 +52,7 @@ def kind(thing):
 
 
 def made_by(thing):
-    """The class of networks of which a preset makes one size; None for other functions."""
+    """Return the class of networks of which a preset makes one size; None for other functions."""
     given = inspect.signature(thing).return_annotation
     return given if given in (models.ResNet, models.MLP) else None
 
@@ -98,7 +98,7 @@ def test_a_docstring_without_one_of_them_is_noticed():
     ]  # fmt: skip
 
     def preset(num_classes) -> models.MLP:
-        """It is a network."""
+        """Stand for a network."""
 
     assert lacks("preset", preset) == [
         "shapes", "the class that it is", "each argument", "what it returns"

@@ -106,7 +106,7 @@ ROOMS = [
 
 
 def room(module):
-    """The name of the room, or of the main, that a module of the experiments is in."""
+    """Return the name of the room, or of the main, that a module of the experiments is in."""
     parts = module.split(".")
     return parts[1] if parts[0] == "experiments" and len(parts) > 1 else None
 
@@ -121,7 +121,7 @@ def test_a_room_stands_on_lower_ones(module):
 
 
 def imports_above(module, names):
-    """The imports of a module that lead to a room that is not lower than its own."""
+    """Return the imports of a module that lead to a room that is not lower than its own."""
     own = room(module)
     others = {name for name in names if room(name) not in (None, own)}
     return sorted(name for name in others if height(room(name)) >= height(own))
@@ -198,7 +198,7 @@ def test_own_modules_are_imported_openly():
 
 
 def crossings(module, source):
-    """The private names that a module takes from another package of ours.
+    """Return the private names that a module takes from another package of ours.
 
     From the library to the experiments or back, and from one module of the experiments to another.
     """
@@ -292,7 +292,7 @@ def functions(tree, prefix=""):
 
 
 def length(function):
-    """The lines of a function, without its docstring."""
+    """Return the lines of a function, without its docstring."""
     first = function.body[0]
     has_docstring = ast.get_docstring(function, clean=False) is not None
     docstring = first.end_lineno - first.lineno + 1 if has_docstring else 0

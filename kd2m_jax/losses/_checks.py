@@ -56,7 +56,7 @@ def loss(fn: F) -> F:
 
 
 def replicated(x: ArrayLike) -> jax.Array:
-    """The whole array on every device of an explicit mesh; any other array as it is.
+    """Return the whole array on every device of an explicit mesh; any other array as it is.
 
     A loss compares all rows with all rows, so whatever axis the batch is split along, it needs
     them together. Explicit meshes leave that choice to the program.
@@ -88,7 +88,7 @@ def varying(tree: T, like: jax.Array) -> T:
 
 
 def static(name: str, value: Any) -> Any:
-    """An option as Python has it: arrays of one number as a number, lists and arrays as tuples."""
+    """Return an option as Python has it: arrays of one number as numbers, others as tuples."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} is a static option: pass a Python number, not a traced one")
     if isinstance(value, np.generic | np.ndarray | jax.Array):
@@ -101,7 +101,7 @@ def static(name: str, value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, however long it is."""
+    """Return a value in an error message, however long it is."""
     try:
         text = str(value)
     except ValueError:  # an integer of more digits than Python writes
@@ -162,7 +162,7 @@ def did_you_mean(name: str, allowed) -> str:
 
 
 def matrix(name: str, x: ArrayLike) -> jax.Array:
-    """A float ``[n, d]`` array, in float32 unless it comes in float64."""
+    """Return a float ``[n, d]`` array, in float32 unless it comes in float64."""
     x = jnp.asarray(x)
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name} must be a non-empty [n, d] array, got shape {list(x.shape)}")
@@ -170,7 +170,7 @@ def matrix(name: str, x: ArrayLike) -> jax.Array:
 
 
 def floating(name: str, x: ArrayLike) -> jax.Array:
-    """A float array, in float32 unless it comes in float64: half precision only stores."""
+    """Return a float array, in float32 unless it comes in float64: half precision only stores."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype}")

@@ -103,7 +103,7 @@ def _objective(d_s: jax.Array, d_t: jax.Array, plan: jax.Array) -> jax.Array:
 
 
 def _plan(d_s: jax.Array, d_t: jax.Array) -> TransportInfo:
-    """A local minimum over P, by conditional gradients, or the pairing of equal rows."""
+    """Return a local minimum over P, by conditional gradients, or the pairing of equal rows."""
     n, m = d_s.shape[0], d_t.shape[0]
     groups = varying(everyone(n, m, d_s.dtype), like=d_s)
     separable = jnp.mean(d_s**2, axis=1)[:, None] + jnp.mean(d_t**2, axis=1)[None, :]

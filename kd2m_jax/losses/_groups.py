@@ -46,13 +46,13 @@ class Groups(NamedTuple):
         return pairs if self.same is None else jnp.where(self.same, pairs, outside)
 
     def mean(self, z: jax.Array) -> jax.Array:
-        """The mean of each sample's group: ``[n, d]``, or ``[1, d]`` for a single group."""
+        """Return the mean of each sample's group: ``[n, d]``, or ``[1, d]`` for a single group."""
         if self.same is None:
             return jnp.mean(z, axis=0, keepdims=True)
         return jnp.matmul(self.same.astype(z.dtype), z, precision=HIGHEST) / self.size_s[:, None]
 
     def middle(self, z: jax.Array) -> jax.Array:
-        """A point amid each sample's group, as `mean` but without a product: O(nd) and O(n^2) bits.
+        """Return a point amid each sample's group, like `mean` but in O(nd) and O(n^2) bits.
 
         For classes the midpoint of their first and last member: not a member, because there a row
         of inner products would be nothing but ties, which take an assignment 3 times as long.
@@ -65,7 +65,7 @@ class Groups(NamedTuple):
         return (z[first] + z[last]) / 2
 
     def total(self, per_sample: jax.Array) -> jax.Array:
-        """The sum over each sample's group: ``[n]``, or ``[1]`` for a single group."""
+        """Return the sum over each sample's group: ``[n]``, or ``[1]`` for a single group."""
         if self.same is None:
             return jnp.sum(per_sample, keepdims=True)
         return jnp.matmul(self.same.astype(per_sample.dtype), per_sample, precision=HIGHEST)
@@ -107,7 +107,7 @@ def centred(z_s: jax.Array, z_t: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def magnitude(*arrays: jax.Array, axis: int | None = None) -> jax.Array:
-    """The power of two at the largest absolute value, a constant for the gradient; 1 for zeros.
+    """Return the power of two at the largest magnitude, a constant for the gradient; 1 for 0.
 
     Divided by it, numbers keep their digits, and their squares neither overflow nor vanish.
     """

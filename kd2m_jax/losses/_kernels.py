@@ -20,7 +20,7 @@ _dot = functools.partial(jnp.matmul, precision=HIGHEST)
 
 
 def polynomial_pairs(x: jax.Array, delta: jax.Array, degree: int, offset: float) -> jax.Array:
-    """The sum for ``(x . y + offset)^degree``, ``[n, n]``, by a recurrence over the degree.
+    """Return the sum for ``(x . y + offset)^degree``, ``[n, n]``, by a recurrence over the degree.
 
     With the four bases A, B, C, D and ``A - B - C + D = g``: nothing of the size of the bases,
     which a large common part of the features makes large, is subtracted.
@@ -40,7 +40,7 @@ def polynomial_pairs(x: jax.Array, delta: jax.Array, degree: int, offset: float)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def distance_pairs(kernel: str, x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
-    """The sum for "rbf", ``exp(-|x - y|^2)``, or "energy", ``-|x - y|``, over weighted pairs.
+    """Sum "rbf", ``exp(-|x - y|^2)``, or "energy", ``-|x - y|``, over weighted pairs.
 
     ``weight`` is a number or a symmetric ``[n, n]``.
     """
@@ -97,7 +97,7 @@ def _squares(kernel: str, x: jax.Array, y: jax.Array, weight: jax.Array):
 
 @jax.custom_jvp
 def with_slope_of(tree: Any, values: Any) -> Any:
-    """The values, with the derivative of the tree that they are a better form of."""
+    """Return the values, with the derivative of the tree that they are a better form of."""
     del tree
     return values
 

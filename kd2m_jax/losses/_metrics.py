@@ -77,7 +77,7 @@ class Metric:
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The distance between the two networks' outputs: a scalar."""
+        """Return the distance between the two networks' outputs: a scalar."""
         function = METRICS[self.name].function
         student, teacher = as_outputs("student", student), as_outputs("teacher", teacher)
         available = {
@@ -99,20 +99,20 @@ class Metric:
         return function(**given, **options)
 
     def _called(self, parameter: str) -> str:
-        """What users call a loss's parameter: "the student's features" for z_s."""
+        """Return what users call a loss's parameter: "the student's features" for z_s."""
         stem, _, side = parameter.rpartition("_")
         owner = {"s": "the student's", "t": "the teacher's"}.get(side)
         return f"{owner} {self.on if stem == 'z' else stem}" if owner else parameter
 
 
 def _stages(outputs: Outputs) -> Any:
-    """The maps, of several stages or as one array of a single stage; None where there are none."""
+    """Return the maps, of several stages or one array of a single stage, or None."""
     maps = outputs.maps
     return None if isinstance(maps, tuple | list) and not maps else maps
 
 
 def as_outputs(owner: str, given: Any) -> Outputs:
-    """`Outputs` from what a network may return: such a tuple, plain or named."""
+    """Make `Outputs` from what a network may return: such a tuple, plain or named."""
     if not isinstance(given, tuple | list) or not 1 <= len(given) <= 3:
         shape = getattr(given, "shape", None)
         kind = type(given) if shape is None else f"an array of shape {list(shape)}"
@@ -176,11 +176,11 @@ class MetricSum:
         *,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The weighted sum: a scalar."""
+        """Return the weighted sum: a scalar."""
         return self.weigh(self.parts(student, teacher, labels, key=key))
 
     def weigh(self, parts: dict[str, jax.Array]) -> jax.Array:
-        """The sum of what `parts` returned."""
+        """Return the sum of what `parts` returned."""
         terms = [w * part for w, part in zip(self.weights, parts.values(), strict=True)]
         return jnp.sum(jnp.stack(terms))
 
@@ -309,13 +309,13 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
 
 
 def spelled(name: str) -> str:
-    """A metric's name as METRICS has it, term by term, with its options as they are."""
+    """Return a metric's name as METRICS has it, term by term, with its options as they are."""
     parts = (term.strip().partition(":") for term in terms(name))
     return "+".join(n.replace("_", "-").lower() + colon + rest for n, colon, rest in parts)
 
 
 def terms(name: str) -> list[str]:
-    """The terms of a sum; the plus sign of a number as in 1e+16 is no sum's."""
+    """Return the terms of a sum; the plus sign of a number as in 1e+16 is no sum's."""
     return re.split(r"(?<![\d.][eE])\+", name)
 
 
@@ -323,7 +323,7 @@ _WORDS = {"true": True, "false": False, "inf": math.inf}
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """The name and value in "beta=0.5", "solver=ipot", "debiased=true" or "stages=1,2"."""
+    """Return the name and value in "beta=0.5", "solver=ipot", "debiased=true" or "stages=1,2"."""
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"an option of a metric is written name=value, got {shown(repr(text))}")
@@ -334,14 +334,14 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _written(value: Any) -> str:
-    """An option's value as `_option` reads it back; a number without a plus sign."""
+    """Return an option's value as `_option` reads it back; a number without a plus sign."""
     if isinstance(value, tuple):
         return ",".join(map(_written, value)) + ("," if len(value) == 1 else "")
     return repr(value).replace("e+", "e") if isinstance(value, float) else str(value)
 
 
 def resolve(metric: Metric | MetricSum | str | None) -> Metric | MetricSum | None:
-    """A metric by whatever it was given: itself, its name, or none."""
+    """Return a metric by whatever it was given: itself, its name, or none."""
     if isinstance(metric, str):
         return None if metric == "none" else get_metric(metric)
     function = getattr(metric, "func", metric)  # of a functools.partial

@@ -271,7 +271,7 @@ def _mmd(
 
 
 def _unit(z_s: jax.Array, z_t: jax.Array, kernel: str, bandwidth: str | float) -> jax.Array:
-    """What features are divided by: sqrt(2) sigma of "rbf", near the clouds' size else."""
+    """Return what features are divided by: sqrt(2) sigma of "rbf", near the clouds' size else."""
     eps = jnp.finfo(z_s.dtype).eps
     # Where all points are equal, what is left is rounding, or 0.
     size = magnitude(*centred(z_s, z_t), eps * z_s, eps * z_t)
@@ -306,7 +306,7 @@ def _pair_weights(groups: Groups) -> jax.Array:
 
 
 def _blocks(k_ss: jax.Array, k_tt: jax.Array, k_st: jax.Array) -> jax.Array:
-    """The three means of one group, of rows that have nothing to do with each other."""
+    """Return the three means of one group, of rows that have nothing to do with each other."""
     if k_ss.shape == k_tt.shape:  # what cancels does so before it is summed
         return jnp.mean((k_ss - k_st) + (k_tt - k_st.T))
     return jnp.mean(k_ss) + jnp.mean(k_tt) - 2 * jnp.mean(k_st)

@@ -47,7 +47,7 @@ def distillation_loss(
     task_coef: jax.Array | float = 1.0,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, LossTerms]:
-    """The student's loss: ``task_coef * cross-entropy + coef * metric(student, teacher)``.
+    """Compute the student's loss: ``task_coef * cross-entropy + coef * metric(student, teacher)``.
 
     Args:
       student: `Outputs` for the batch; its logits ``[n, k]`` are needed.

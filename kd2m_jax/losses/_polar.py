@@ -49,7 +49,7 @@ def _matched(x: jax.Array, y: jax.Array, groups: Groups) -> tuple[jax.Array, jax
 
 @_matched.defjvp
 def _(primals, tangents):
-    """The polar factor's derivative, for ``K = U S V^T`` without its null vectors.
+    """Return the polar factor's derivative, for ``K = U S V^T`` without its null vectors.
 
     ``dP = U [(G - G^T)_ij / (s_i + s_j)] V^T + (1 - U U^T) dK V S^-1 V^T
     + U S^-1 U^T dK (1 - V V^T)`` with ``G = U^T dK V``.
@@ -209,13 +209,13 @@ def by_products(k: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
 
 
 def polar_by_svd(k: jax.Array, tolerance: float) -> jax.Array:
-    """The factor as one matrix, for the benchmark of both ways."""
+    """Return the factor as one matrix, for the benchmark of both ways."""
     left, right = by_svd(k, tolerance)
     return _dot(left, right.T)
 
 
 def polar_by_products(k: jax.Array, tolerance: float) -> jax.Array:
-    """The factor as one matrix, for the benchmark of both ways."""
+    """Return the factor as one matrix, for the benchmark of both ways."""
     left, right = by_products(k, tolerance)
     return _dot(left, right.T)
 

@@ -32,12 +32,12 @@ def put(array: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def unsigned(dtype):
-    """The unsigned integer type of a float's size."""
+    """Return the unsigned integer type of a float's size."""
     return np.dtype(f"uint{8 * np.dtype(dtype).itemsize}")
 
 
 def signed(dtype):
-    """The signed integer type of a float's size."""
+    """Return the signed integer type of a float's size."""
     return np.dtype(f"int{8 * np.dtype(dtype).itemsize}")
 
 
@@ -47,7 +47,7 @@ def bits(x: jax.Array) -> jax.Array:
 
 
 def as_signed(x: jax.Array) -> jax.Array:
-    """The same bits as signed integers."""
+    """Return the same bits as signed integers."""
     return lax.bitcast_convert_type(x, signed(x.dtype))
 
 
@@ -61,24 +61,24 @@ def flip_negative(x: jax.Array) -> jax.Array:
 
 
 def padded(n: int) -> int:
-    """A row's length such that it can be cut into equal slices."""
+    """Return a row's length such that it can be cut into equal slices."""
     return n if n <= 32 else -(-n // 32) * 32
 
 
 def cut(width: int) -> tuple[int, int]:
-    """A row as at most 64 slices of at least 32 entries: how many, and how long."""
+    """Return a row as at most 64 slices of at least 32 entries: how many, and how long."""
     count = min(64, width // 32) if width % 32 == 0 else 1
     count = next(c for c in range(max(count, 1), 0, -1) if width % c == 0)
     return count, width // count
 
 
 def lower(a: jax.Array, b) -> jax.Array:
-    """The lesser, and b where either is NaN: one machine instruction, unlike ``jnp.minimum``."""
+    """Return the lesser, b where either is NaN: one instruction, unlike ``jnp.minimum``."""
     return jnp.where(a < b, a, b)
 
 
 def lanes(x: jax.Array) -> jax.Array:
-    """The minimum over a row's slices, lane by lane: long minima without a reduction."""
+    """Return the minimum over a row's slices, lane by lane: long minima without a reduction."""
     count, size = cut(x.size)
     parts = [x[k * size : (k + 1) * size] for k in range(count)]
     while len(parts) > 1:
@@ -88,24 +88,24 @@ def lanes(x: jax.Array) -> jax.Array:
 
 
 def few(x: jax.Array) -> jax.Array:
-    """The minimum of a short vector of integers; XLA:CPU splits reductions of more than 32."""
+    """Return a short integer vector's minimum; XLA:CPU splits reductions of more than 32."""
     while x.size > 32 and x.size % 2 == 0:
         x = lower(x[: x.size // 2], x[x.size // 2 :])
     return jnp.min(x)
 
 
 def least(x: jax.Array) -> jax.Array:
-    """The minimum of a row of floats of any sign, without NaN."""
+    """Return the minimum of a row of floats of any sign, without NaN."""
     return lax.bitcast_convert_type(flip_negative(few(flip_negative(as_signed(lanes(x))))), x.dtype)
 
 
 def most(x: jax.Array) -> jax.Array:
-    """The maximum of a row of floats of any sign, without NaN."""
+    """Return the maximum of a row of floats of any sign, without NaN."""
     return -least(-x)
 
 
 def first_of(x: jax.Array, value: jax.Array, names: jax.Array) -> jax.Array:
-    """The least of ``names`` (0 to size - 1) where x has a value that it is known to have."""
+    """Return the least of ``names`` (0 to size - 1) where x has a value that it does have."""
     return few(jnp.where(x == value, names, names.dtype.type(x.size - 1)))
 
 

@@ -65,7 +65,7 @@ def sw2(
 
 
 def _staircase(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The plan between n and m sorted points: rows i, columns j, masses; at most n + m - 1.
+    """Return the plan between n and m sorted points: rows i, columns j, masses; at most n + m - 1.
 
     Both quantile functions are constant between two neighbours of ``{k/n} u {k/m}``. In units
     of 1/(n m) those levels are whole numbers, so no mass is lost to rounding; n = m gives the

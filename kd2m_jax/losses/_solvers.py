@@ -72,12 +72,12 @@ def varying_alike(arrays):
 
 
 def exact_plan(cost: jax.Array, groups: Groups) -> TransportInfo:
-    """The plan of least cost, for n = m: a pairing. Groups do not interact within it."""
+    """Return the plan of least cost, for n = m: a pairing. Groups do not interact within it."""
     return paired_plan(assign(cost).columns, groups)
 
 
 def paired_plan(columns: jax.Array, groups: Groups) -> TransportInfo:
-    """The plan that sends row i to ``columns[i]``, with row i's weight."""
+    """Return the plan that sends row i to ``columns[i]``, with row i's weight."""
     weight = groups.weight_s
     coupling = jnp.zeros_like(weight, shape=(columns.size, columns.size))
     coupling = coupling.at[jnp.arange(columns.size), columns].set(weight, unique_indices=True)
@@ -86,7 +86,7 @@ def paired_plan(columns: jax.Array, groups: Groups) -> TransportInfo:
 
 
 def dual_start(cost: jax.Array, groups: Groups, epsilon: float) -> Dual:
-    """The better of two dual solutions, each a minimum over rows and columns.
+    """Return the better of two dual solutions, each a minimum over rows and columns.
 
     Weak duality puts its value below the optimal cost, whatever the clouds look like: a scale
     for epsilon that the mean cost is not, which may be 500 times the optimum.
@@ -222,7 +222,7 @@ def _iterated(solver, problem, potentials):
 
 
 def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
-    """The unregularised plan, by the inexact proximal point method in the log domain.
+    """Compute the unregularised plan, by the inexact proximal point method in the log domain.
 
     ``P <- argmin_Q <Q, C> + step KL(Q || P)``: the Gibbs kernel ``exp(-C / step)`` is multiplied
     into the plan, then Sinkhorn updates bring the marginals back. The entropy of a step only
@@ -282,7 +282,7 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
 
 
 def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
-    """The entropic plan, or where that is slow to come the unregularised one.
+    """Compute the entropic plan, or where that is slow to come the unregularised one.
 
     Either is within 1% of exact. For clouds whose clusters hold the same mass Sinkhorn takes 10 to
     400 iterations, mostly up to 75. Where 2% to 30% of a cluster's samples have to go to another

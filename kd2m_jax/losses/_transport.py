@@ -245,7 +245,7 @@ def _transport(
     debiased: bool,
     has_aux: bool,
 ):
-    """The value, with ``has_aux`` also the info, of the chosen solver or of the divergence."""
+    """Compute the chosen solver's or the divergence's value, with ``has_aux`` the info too."""
     choice("solver", solver, SOLVERS)
     number("epsilon", epsilon)
     if flag("debiased", debiased) and solver not in ("auto", "sinkhorn"):
@@ -273,7 +273,7 @@ def _transport(
 
 
 def _paired(cost: PairCost, groups: Groups, x: Any, y: Any) -> tuple[jax.Array, TransportInfo]:
-    """The exact cost, and its gradient, from the n pairs of the best assignment: O(nd)."""
+    """Compute the exact cost, and its gradient, from the n pairs of the best assignment: O(nd)."""
     left, right = jax.lax.stop_gradient(cost.factors(x, y))
     inner = jnp.matmul(-left, right.T, precision=HIGHEST)
     columns = assign(groups.within(inner, outside=jnp.inf)).columns
@@ -322,7 +322,7 @@ def _by_platform(
 
 @jax.custom_jvp
 def _differentiable(value: jax.Array, gradient: Any, at: Any) -> jax.Array:
-    """The value, with this constant gradient with respect to ``at``."""
+    """Give a value this constant gradient with respect to ``at``."""
     del gradient, at
     return value
 
@@ -346,7 +346,7 @@ def _(primals, tangents):
 
 
 def _fixed(cost: jax.Array, groups: Groups) -> jax.Array:
-    """What a solver sees: constant costs, infinite across groups."""
+    """Return what a solver sees: constant costs, infinite across groups."""
     return groups.within(jax.lax.stop_gradient(cost), outside=jnp.inf)
 
 

@@ -43,7 +43,7 @@ def check_optimal(cost, found, eps=EPS):
 
 
 def product(x, y):
-    """What `w2` hands over: each cloud about its own mean, in float32."""
+    """Return what `w2` hands over: each cloud about its own mean, in float32."""
     x, y = (np.asarray(z - z.mean(0), np.float32) for z in (x, y))
     return -x @ y.T
 

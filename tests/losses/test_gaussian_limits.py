@@ -20,7 +20,7 @@ by_class = pytest.mark.parametrize("classes", LABELS)
 
 
 def function(name, labels):
-    """The marginal loss for one class, the conditional one for several."""
+    """Return the marginal loss for one class, the conditional one for several."""
     if labels.max() == 0:
         return getattr(losses, name)
     conditional = getattr(losses, name.replace("gaussian_", "gaussian_c"))
@@ -37,7 +37,7 @@ def graded(n, d, span, *, classes=1, seed=0):
 
 
 def w2_and_gradient(x, y, labels):
-    """The distance by class and its gradient ``2 (X - P Y)``, by the polar factor in float64."""
+    """Return the distance by class and its gradient ``2 (X - P Y)``, by a float64 polar."""
     value, gradient, classes = 0.0, np.zeros_like(x), np.unique(labels)
     for c in classes:
         rows = labels == c

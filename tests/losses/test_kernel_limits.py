@@ -16,7 +16,7 @@ kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
 def near(step, *, n=60, d=24, common=0.0, seed=0):
-    """A student that is ``step`` away from its teacher, both with a large common part."""
+    """Return a student that is ``step`` away from its teacher, both with a large common part."""
     rng = np.random.default_rng(seed)
     y = rng.normal(size=(n, d)) + common
     x = y + step * rng.normal(size=(n, d))
@@ -24,13 +24,13 @@ def near(step, *, n=60, d=24, common=0.0, seed=0):
 
 
 def bandwidth(x, y):
-    """The sigma of "mean", for an oracle that holds it constant."""
+    """Return the sigma of "mean", for an oracle that holds it constant."""
     z = np.concatenate([x, y])
     return (2 * ((z - z.mean(0)) ** 2).sum() / (len(z) - 1)) ** 0.5
 
 
 def pairs(kernel, x, y, sigma):
-    """The four kernel values of each pair of rows, in float64."""
+    """Return the four kernel values of each pair of rows, in float64."""
     squares = lambda a, b: ((a[:, None] - b[None]) ** 2).sum(-1)  # noqa: E731
     k = {
         "polynomial": lambda a, b: (a @ b.T + 1) ** 2,

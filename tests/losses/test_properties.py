@@ -59,7 +59,7 @@ def networks(draw):
 
 
 def options_of(name):
-    """What may be set of a metric: nothing, what the walk sets, or one number."""
+    """Return what may be set of a metric: nothing, what the walk sets, or one number."""
     info = losses.METRICS[name]
     free = (info.function.__wrapped__.__kwdefaults__ or {}).keys() - info.options.keys()
     if "kernel" in info.options:  # an option of another kernel changes nothing

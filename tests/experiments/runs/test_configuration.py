@@ -72,7 +72,7 @@ def test_weights_that_are_not_published_are_not_written():
 
 
 def old_folder(path, config, lacks):
-    """The folder of a run that was made before some keys were written down."""
+    """Return the folder of a run that was made before some keys were written down."""
     path.mkdir()
     content = {key: value for key, value in config.to_json().items() if key not in lacks}
     (path / "config.json").write_text(json.dumps(content))
