@@ -33,6 +33,7 @@ def finished_run(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_features_and_bound_of_a_finished_run(finished_run, monkeypatch, capsys):
     recorded = {r["phase"]: r for r in read_metrics(finished_run) if "test_accuracy" in r}
     flags = [f"--run={finished_run}", "--examples=450"]

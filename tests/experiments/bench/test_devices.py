@@ -1,10 +1,13 @@
 """The global batch over several devices."""
 
+import pytest
+
 from experiments.bench import (
     devices,
 )
 
 
+@pytest.mark.slow
 def test_devices_say_what_is_exchanged_and_what_the_metric_takes(monkeypatch, tmp_path):
     rows, _ = devices.devices(tmp_path, counts=(2,), sizes=(16,), repeats=1)
     [row] = rows

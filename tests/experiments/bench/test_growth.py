@@ -2,17 +2,22 @@
 
 import sys
 
+import pytest
+
 from experiments.bench import (
     growth,
 )
 
 
-def test_growth_measures_a_point_in_a_process_of_its_own(monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_growth_measures_a_point_in_a_process_of_its_own():
     row = growth._point("w2", 1024, 8, repeats=1)  # megabytes, so that the peak can be seen
     assert (row["n"], row["d"]) == (1024, 8) and row["ms"] > 0 and row["answer"] == "right"
     if sys.platform == "linux":
         assert 0 < row["peak MiB"] < 500
 
+
+def test_growth_fits_exponents(monkeypatch, tmp_path):
     def cubic(metric, n, d, repeats):
         sizes = {"peak MiB": n**2 / d, "n x n arrays": n / 32}
         return {"metric": metric, "n": n, "d": d, "ms": 1e-6 * n**3 * d, **sizes}
