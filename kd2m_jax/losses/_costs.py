@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kd2m_jax.losses._groups import HIGHEST, Groups, squared_distances
+from kd2m_jax.losses._groups import Groups
+from kd2m_jax.losses._numerics import HIGHEST, squared_distances
 
 LABEL_COSTS = ("cross_entropy", "kl", "sqeuclidean")
 

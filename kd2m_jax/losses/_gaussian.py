@@ -11,16 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import choice, clouds, loss, number
-from kd2m_jax.losses._groups import (
-    HIGHEST,
-    Groups,
-    by_class,
-    centred,
-    everyone,
-    in_unit,
-    magnitude,
-    safe_sqrt,
-)
+from kd2m_jax.losses._groups import Groups, by_class, everyone
+from kd2m_jax.losses._numerics import HIGHEST, centred, in_unit, magnitude, safe_sqrt
 from kd2m_jax.losses._polar import polar_by_products as polar_by_products
 from kd2m_jax.losses._polar import polar_by_svd as polar_by_svd
 from kd2m_jax.losses._polar import tolerance as tolerance

@@ -1,18 +1,28 @@
 """Optimal transport between clouds in different spaces: gw2."""
 
 import functools
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import loss, matrix, varying
-from kd2m_jax.losses._groups import HIGHEST, everyone, in_unit, magnitude, squared_distances
+from kd2m_jax.losses._groups import everyone
+from kd2m_jax.losses._numerics import HIGHEST, in_unit, magnitude, squared_distances
 from kd2m_jax.losses._solvers import TransportInfo, ipot_plan
 
 
+@overload
+def gw2(z_s: ArrayLike, z_t: ArrayLike, *, has_aux: Literal[False] = False) -> jax.Array: ...
+@overload
+def gw2(
+    z_s: ArrayLike, z_t: ArrayLike, *, has_aux: Literal[True]
+) -> tuple[jax.Array, TransportInfo]: ...
 @loss
-def gw2(z_s: ArrayLike, z_t: ArrayLike, *, has_aux: bool = False):
+def gw2(
+    z_s: ArrayLike, z_t: ArrayLike, *, has_aux: bool = False
+) -> jax.Array | tuple[jax.Array, TransportInfo]:
     r"""Squared 2-Gromov-Wasserstein distance: it compares distances within each cloud.
 
     ``GW2^2 = min_P sum_ijkl (D^S_ik - D^T_jl)^2 P_ij P_kl`` over couplings P of uniform weights,

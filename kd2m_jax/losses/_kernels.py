@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kd2m_jax.losses._groups import HIGHEST, safe_sqrt
+from kd2m_jax.losses._numerics import HIGHEST, safe_sqrt
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
 

@@ -16,7 +16,7 @@ from kd2m_jax.losses._checks import (
     paired_logits,
     several_classes,
 )
-from kd2m_jax.losses._groups import HIGHEST
+from kd2m_jax.losses._numerics import HIGHEST
 
 
 @loss

@@ -18,22 +18,20 @@ from kd2m_jax.losses._checks import (
     shown,
     stage_maps,
 )
-from kd2m_jax.losses._groups import (
-    HIGHEST,
-    Groups,
-    by_class,
-    centred,
-    everyone,
-    in_unit,
-    magnitude,
-    safe_sqrt,
-    squared_distances,
-)
+from kd2m_jax.losses._groups import Groups, by_class, everyone
 from kd2m_jax.losses._kernels import (
     distance_pairs,
     exact_squares,
     polynomial_pairs,
     with_slope_of,
+)
+from kd2m_jax.losses._numerics import (
+    HIGHEST,
+    centred,
+    in_unit,
+    magnitude,
+    safe_sqrt,
+    squared_distances,
 )
 
 KERNELS = ("linear", "polynomial", "rbf", "energy")

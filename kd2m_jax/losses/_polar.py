@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from kd2m_jax._compat import enable_x64
 from kd2m_jax.losses._checks import varying
-from kd2m_jax.losses._groups import HIGHEST, Groups
+from kd2m_jax.losses._groups import Groups
+from kd2m_jax.losses._numerics import HIGHEST
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
 

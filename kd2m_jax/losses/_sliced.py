@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import clouds, integer, loss
-from kd2m_jax.losses._groups import HIGHEST, centred
+from kd2m_jax.losses._numerics import HIGHEST, centred
 
 
 @loss

@@ -5,35 +5,49 @@ in the cost C and in who may be matched with whom (`Groups`). The coupling is a 
 the gradient: no differentiation through solver iterations (envelope theorem).
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Literal, TypedDict, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._assignment import assign
 from kd2m_jax.losses._checks import choice, clouds, flag, loss, number, paired_logits
-from kd2m_jax.losses._costs import (
-    LABEL_COSTS,
-    PairCost,
-    between_features,
-    between_features_and_logits,
-)
-from kd2m_jax.losses._groups import HIGHEST, Groups, by_class, everyone
-from kd2m_jax.losses._solvers import (
-    COUPLINGS,
-    DEFAULT_SOLVER,
-    SOLVERS,
-    TransportInfo,
-    dual_start,
-    paired_plan,
-    sinkhorn_plan,
-    varying_alike,
-)
+from kd2m_jax.losses._costs import LABEL_COSTS, between_features, between_features_and_logits
+from kd2m_jax.losses._couplings import transport
+from kd2m_jax.losses._groups import by_class, everyone
+from kd2m_jax.losses._solvers import DEFAULT_SOLVER, TransportInfo
+
+WithInfo = tuple[jax.Array, TransportInfo]
 
 
+class _Options(TypedDict, total=False):
+    """What `w2`, `cw2` and `jw2` share, for the types of their calls."""
+
+    solver: str
+    epsilon: float
+    debiased: bool
+
+
+class _JointOptions(_Options, total=False):
+    beta: float
+    label_cost: str
+
+
+@overload
+def w2(
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    *,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> jax.Array: ...
+@overload
+def w2(
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    *,
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> WithInfo: ...
 @loss
 def w2(
     z_s: ArrayLike,
@@ -43,7 +57,7 @@ def w2(
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
-):
+) -> jax.Array | WithInfo:
     r"""Squared 2-Wasserstein distance between two empirical feature distributions.
 
     ``W2^2 = min_P sum_ij P_ij ||z_s,i - z_t,j||^2`` over couplings P of the uniform weights
@@ -98,9 +112,27 @@ def w2(
     z_s, z_t = clouds(z_s, z_t)
     groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
     cost = between_features(groups)
-    return _transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
+    return transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
 
+@overload
+def cw2(
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    labels: ArrayLike,
+    *,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> jax.Array: ...
+@overload
+def cw2(
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    labels: ArrayLike,
+    *,
+    has_aux: Literal[True],
+    **options: Unpack[_Options],
+) -> WithInfo: ...
 @loss
 def cw2(
     z_s: ArrayLike,
@@ -111,7 +143,7 @@ def cw2(
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
-):
+) -> jax.Array | WithInfo:
     r"""Class-conditional squared 2-Wasserstein distance: W2^2 within each class, averaged.
 
     ``CW2^2 = 1/K sum_y W2^2(P_S(Z|Y=y), P_T(Z|Y=y))`` over the K classes present in the batch,
@@ -152,9 +184,29 @@ def cw2(
     z_s, z_t = clouds(z_s, z_t, paired=True)
     groups = by_class(labels, z_s.shape[0], z_s.dtype)
     cost = between_features(groups)
-    return _transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
+    return transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
 
+@overload
+def jw2(
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    logits_s: ArrayLike,
+    logits_t: ArrayLike,
+    *,
+    has_aux: Literal[False] = False,
+    **options: Unpack[_JointOptions],
+) -> jax.Array: ...
+@overload
+def jw2(
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    logits_s: ArrayLike,
+    logits_t: ArrayLike,
+    *,
+    has_aux: Literal[True],
+    **options: Unpack[_JointOptions],
+) -> WithInfo: ...
 @loss
 def jw2(
     z_s: ArrayLike,
@@ -168,7 +220,7 @@ def jw2(
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
-):
+) -> jax.Array | WithInfo:
     r"""Squared 2-Wasserstein distance between joint distributions of features and predictions.
 
     ``JW2^2 = min_P sum_ij P_ij (||z_s,i - z_t,j||^2 + beta L(h_s,i, h_t,j))``, where L compares
@@ -232,149 +284,4 @@ def jw2(
     groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
     cost = between_features_and_logits(groups, beta, label_cost)
     x, y = (z_s, logits_s), (z_t, logits_t)
-    return _transport(cost, x, y, groups, solver, epsilon, debiased, has_aux)
-
-
-def _transport(
-    cost: PairCost,
-    x: Any,
-    y: Any,
-    groups: Groups,
-    solver: str,
-    epsilon: float,
-    debiased: bool,
-    has_aux: bool,
-):
-    """Compute the chosen solver's or the divergence's value, with ``has_aux`` the info too."""
-    choice("solver", solver, SOLVERS)
-    number("epsilon", epsilon)
-    if flag("debiased", debiased) and solver not in ("auto", "sinkhorn"):
-        raise ValueError(
-            f"debiased=True takes away the bias of the entropy, and solver={solver!r} has none: "
-            "use solver='sinkhorn'"
-        )
-    n, m = groups.size_s.size, groups.size_t.size
-    if solver == "exact" and n != m:
-        raise ValueError(
-            f"solver='exact' pairs samples one to one, so it needs m = n, got n = {n} and m = {m}: "
-            "use solver='sinkhorn' or 'ipot'"
-        )
-    x, y, groups = varying_alike((x, y, groups))
-    if debiased:
-        value, info = _divergence(cost.matrix, x, y, groups, epsilon)
-    elif solver == "exact":
-        value, info = _paired(cost, groups, x, y)
-    elif solver == "auto" and n == m:
-        value, info = _by_platform(cost, groups, epsilon, x, y, has_aux)
-    else:
-        name = "sinkhorn" if solver == "auto" else solver
-        value, info = _coupled(cost, groups, name, epsilon, x, y)
-    return (value, info) if has_aux else value
-
-
-def _paired(cost: PairCost, groups: Groups, x: Any, y: Any) -> tuple[jax.Array, TransportInfo]:
-    """Compute the exact cost, and its gradient, from the n pairs of the best assignment: O(nd)."""
-    left, right = jax.lax.stop_gradient(cost.factors(x, y))
-    inner = jnp.matmul(-left, right.T, precision=HIGHEST)
-    columns = assign(groups.within(inner, outside=jnp.inf)).columns
-
-    def partner(a):  # without a gradient's sum over those that share an index: none do
-        return a.at[columns].get(mode="promise_in_bounds", unique_indices=True)
-
-    value = jnp.sum(groups.weight_s * cost.pairs(x, jax.tree.map(partner, y)))
-    return value, paired_plan(columns, groups)
-
-
-def _coupled(
-    cost: PairCost, groups: Groups, solver: str, epsilon: float, x: Any, y: Any
-) -> tuple[jax.Array, TransportInfo]:
-    """``<stop_gradient(P), C>`` for the plan P of an iterative solver."""
-    pair_costs = _nonnegative(cost.matrix(x, y))
-    plan = COUPLINGS[solver](_fixed(pair_costs, groups), groups, epsilon)
-    info = jax.lax.stop_gradient(plan)
-    return jnp.sum(info.coupling * pair_costs), info
-
-
-def _by_platform(
-    cost: PairCost, groups: Groups, epsilon: float, x: Any, y: Any, has_aux: bool
-) -> tuple[jax.Array, TransportInfo | None]:
-    """Exact on a CPU, Sinkhorn elsewhere, whatever the platform that the program is for.
-
-    Each branch gives its gradient along with its value. Differentiating the choice itself would
-    keep the n x n residuals of both branches.
-    """
-
-    def with_gradient(solve):
-        def branch(x, y):
-            both = jax.value_and_grad(solve, argnums=(0, 1), has_aux=True)
-            (value, info), gradient = both(x, y)
-            return value, gradient, info if has_aux else None  # a plan is built only if asked for
-
-        return branch
-
-    paired = functools.partial(_paired, cost, groups)
-    coupled = functools.partial(_coupled, cost, groups, "sinkhorn", epsilon)
-    value, gradient, info = jax.lax.platform_dependent(
-        *jax.lax.stop_gradient((x, y)), cpu=with_gradient(paired), default=with_gradient(coupled)
-    )
-    return _differentiable(value, gradient, (x, y)), info
-
-
-@jax.custom_jvp
-def _differentiable(value: jax.Array, gradient: Any, at: Any) -> jax.Array:
-    """Give a value this constant gradient with respect to ``at``."""
-    del gradient, at
-    return value
-
-
-@_differentiable.defjvp
-def _(primals, tangents):
-    value, gradient, _ = primals
-    products = jax.tree.map(lambda g, t: jnp.sum(g * t), gradient, tangents[2])
-    return value, functools.reduce(jnp.add, jax.tree.leaves(products))
-
-
-@jax.custom_jvp
-def _nonnegative(cost: jax.Array) -> jax.Array:
-    """Without the rounding errors below zero, whose gradient stays: one array for all uses."""
-    return jnp.maximum(cost, 0)
-
-
-@_nonnegative.defjvp
-def _(primals, tangents):
-    return _nonnegative(*primals), tangents[0]
-
-
-def _fixed(cost: jax.Array, groups: Groups) -> jax.Array:
-    """Return what a solver sees: constant costs, infinite across groups."""
-    return groups.within(jax.lax.stop_gradient(cost), outside=jnp.inf)
-
-
-def _divergence(
-    pair_costs: Callable[[Any, Any], jax.Array], x: Any, y: Any, groups: Groups, epsilon: float
-) -> tuple[jax.Array, TransportInfo]:
-    """``OT(x, y) - (OT(x, x) + OT(y, y)) / 2`` of entropic costs, one epsilon for all three.
-
-    Its gradient is that of ``<P, C>`` in each term with P constant (envelope theorem), in the
-    self terms through both arguments. The measure that the entropy is relative to adds
-    constants, which cancel.
-    """
-    cost = _nonnegative(pair_costs(x, y))
-    scale = dual_start(_fixed(cost, groups), groups, epsilon).scale
-    terms = (
-        (1.0, x, y, groups),
-        (-0.5, x, x, groups._replace(size_t=groups.size_s)),
-        (-0.5, y, y, groups._replace(size_s=groups.size_t)),
-    )
-    value, infos = jnp.zeros((), scale.dtype), []
-    for weight, p, q, members in terms:
-        cost = _nonnegative(pair_costs(p, q))
-        info, entropic = jax.lax.stop_gradient(
-            sinkhorn_plan(_fixed(cost, members), members, epsilon, scale)
-        )
-        linear = jnp.sum(info.coupling * cost)
-        value += weight * (entropic + (linear - jax.lax.stop_gradient(linear)))
-        infos.append(info)
-    converged = jnp.all(jnp.stack([info.converged for info in infos]))
-    n_iters = jnp.sum(jnp.stack([info.n_iters for info in infos]))
-    return value, TransportInfo(infos[0].coupling, converged, n_iters)
+    return transport(cost, x, y, groups, solver, epsilon, debiased, has_aux)
