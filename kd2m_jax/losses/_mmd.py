@@ -169,8 +169,8 @@ def nst(
     ``coef=25``. It takes memory O(n (c_S + c_T)^2), and O(n (c_S + c_T) h w) with the linear
     kernel, which compares the mean maps. Written position by position, over all pairs of channels,
     it takes O(n c_S c_T h w). Measured (temporary memory of value and gradient, as XLA's CPU
-    compiler plans it, polynomial kernel, 8 x 8 maps): n = 64, 64 and 256 channels, 21 MiB against
-    391; n = 128, 256 and 256 channels, 241 MiB against 6,216.
+    compiler plans it, polynomial kernel, 8 x 8 maps): n = 64, 64 and 256 channels, 17 MiB against
+    391; n = 128, 256 and 256 channels, 201 MiB against 6,216.
 
     Args:
       maps_s: the student's stages, first stage first, each ``[n, h, w, c]`` float. An array is a

@@ -13,7 +13,6 @@ from kd2m_jax.losses._polar import by_products, tolerance
 
 KEY = jax.random.key(0)
 SHARDS = 2
-TRANSPORT = ("w2", "cw2", "jw2", "lohit", "gw2")  # gw2 by its inner solver
 
 
 def value_and_grad(name, options):
@@ -37,18 +36,16 @@ def assert_close(found, expected):
 
 # Compiling is what these tests wait for: each is fast for the metrics whose code its context
 # touches most, and walks the rest with the slow tests.
-def walked(fast, waiting=()):
+def walked(fast):
     """Return the variants as pytest's parameters, fast for a few metrics by default."""
-    xfail = pytest.mark.xfail(raises=TypeError, strict=True, reason="the solvers' own loops")
     given = []
     for name, options in VARIANTS:
         marks = [] if name in fast and not options else [pytest.mark.slow]
-        marks += [xfail] if name in waiting else []
         given.append(pytest.param(name, options, id=label(name, options), marks=marks))
     return pytest.mark.parametrize(("name", "options"), given)
 
 
-@walked(("w2", "gaussian-cw2", "gaussian-kl", "wkd-l"), waiting=TRANSPORT)
+@walked(("w2", "gaussian-cw2", "gaussian-kl", "wkd-l"))
 def test_inside_ones_own_shard_map(name, options):
     """With its default checks: each shard's loss is that of its rows, and its gradient too."""
     both, (networks, labels) = value_and_grad(name, options), arrays()
