@@ -25,3 +25,9 @@ def set_compiler_flags(*, optimised: bool = True) -> None:
     names = {flag.split("=")[0] for flag in given.split()}
     chosen = [f for f in compiler_flags(optimised=optimised) if f.split("=")[0] not in names]
     os.environ["XLA_FLAGS"] = " ".join([*given.split(), *chosen])
+
+
+def compiler_flags_in_force() -> list[str]:
+    """List the flags in XLA_FLAGS that decide the machine code, and so a result's last digits."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    return [flag for flag in given if "host_platform_device_count" not in flag]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kd2m_jax._compiler import compiler_flags as compiler_flags
+    from kd2m_jax._compiler import compiler_flags_in_force as compiler_flags_in_force
     from kd2m_jax._compiler import set_compiler_flags as set_compiler_flags
     from kd2m_jax._locks import locked as locked
     from kd2m_jax.adapters import as_network as as_network
@@ -41,6 +42,7 @@ _HOMES = {
     "steps_per_epoch": "training._batches",
     "Checkpoints": "training._checkpoints",
     "compiler_flags": "_compiler",
+    "compiler_flags_in_force": "_compiler",
     "set_compiler_flags": "_compiler",
     "locked": "_locks",
     "ProcessLost": "training._processes",

@@ -148,10 +148,18 @@ class RunFolder:
 
     def write_environment(self, **more) -> None:
         """Write versions and machine, which may explain a difference between two runs."""
-        env = {**machine.host(), "packages": machine.versions(PACKAGES), **more}
+        flags = sorted(internal.compiler_flags_in_force())
+        env = {**machine.host(), "packages": machine.versions(PACKAGES), "xla_flags": flags, **more}
         if (self.path / "env.json").exists():
             before = self.environment
             speed, earlier = before.pop("images_per_second"), before.pop("earlier", [])
+            # A run from before flags were written down had those of the environment alone.
+            if before.setdefault("xla_flags", []) != flags:
+                then, now = (" ".join(f) or "none" for f in (before["xla_flags"], flags))
+                print(
+                    f"{self.path} was begun with other compiler settings ({then}, now {now}): what "
+                    "is still to be trained may differ in its last digits."
+                )
             env |= {"images_per_second": speed}
             if changed := {k: v for k, v in before.items() if env.get(k) != v}:
                 earlier = [*earlier, changed]

@@ -60,3 +60,16 @@ def test_versions_that_are_no_longer_recorded_are_kept_as_earlier(tmp_path):
     folder.write_environment(devices=["cpu"], backend="cpu")
     folder.write_environment(devices=["cpu"])
     assert json.loads((tmp_path / "env.json").read_text())["earlier"] == [{"backend": "cpu"}]
+
+
+def test_other_compiler_settings_are_said_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    folder = RunFolder(tmp_path)
+    folder.write_environment(devices=["cpu"])
+    folder.write_environment(devices=["cpu"])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some=1")
+    folder.write_environment(devices=["cpu"])
+    assert "other compiler settings (none, now --xla_some=1)" in capsys.readouterr().out
+    env = json.loads((tmp_path / "env.json").read_text())
+    assert env["xla_flags"] == ["--xla_some=1"] and env["earlier"] == [{"xla_flags": []}]

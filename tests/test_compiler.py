@@ -1,0 +1,42 @@
+"""XLA's flags: by the version of jaxlib, and never in place of the user's."""
+
+import importlib.metadata
+
+import pytest
+
+from kd2m_jax import _compiler
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("0.7.2", True), ("0.10.2", True), ("0.11.0", False), ("1.0.0", False)]
+)
+def test_a_flag_is_set_only_where_jaxlib_knows_it(version, known, monkeypatch):
+    """An unknown one ends the process."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    flags = _compiler.compiler_flags()
+    assert ("--xla_cpu_use_fusion_emitters=false" in flags) is known
+    assert _compiler.compiler_flags(optimised=False)[:-1] == flags
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ["--xla_cpu_use_fusion_emitters=false"]),
+        ("--xla_a=1", ["--xla_a=1", "--xla_cpu_use_fusion_emitters=false"]),
+        ("--xla_cpu_use_fusion_emitters=true", ["--xla_cpu_use_fusion_emitters=true"]),
+    ],
+)
+def test_flags_are_appended_to_the_users(given, expected, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.10.2")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    _compiler.set_compiler_flags()
+    assert _compiler.os.environ["XLA_FLAGS"].split() == expected
+    _compiler.set_compiler_flags()
+    assert _compiler.os.environ["XLA_FLAGS"].split() == expected
+
+
+def test_the_number_of_fake_devices_is_no_compiler_setting(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_a=1")
+    assert _compiler.compiler_flags_in_force() == ["--xla_a=1"]
