@@ -108,7 +108,7 @@ def check(metric, dtype, drawn):
         assert of(student, student)[0] <= 1e-4 * size
     if known.symmetric:
         close(of(teacher, student)[0], value)
-    if known.power is not None:
+    if known.power is not None and dtype != jnp.float16:  # which loses digits below 6e-5
         unit = 0.25
         moved = of(*(scaled(z, unit) for z in (student, teacher)))[0]
         close(moved / unit**known.power, value)
