@@ -168,7 +168,8 @@ def _coordinates(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     length = jnp.where(length > 0, length, 1)
     z = z / length
     values, vectors = jnp.linalg.eigh(_dot(z.T, z))
-    rank = values > values[-1:] * z.shape[1] * float(jnp.finfo(z.dtype).eps)
+    # Their own rounding is some 1e-15, and a direction below 3e-7 was none of float32 features.
+    rank = values > 1e-13 * values[-1:]
     root = jnp.sqrt(jnp.where(rank, values, 1))[None, :]
     q = _dot(z, vectors * jnp.where(rank[None, :], 1 / root, 0))
     return q, (vectors * jnp.where(rank[None, :], root, 0)).T * length

@@ -95,6 +95,15 @@ def test_where_the_scales_of_features_end(monkeypatch, held, lost, single_precis
     assert np.abs(gradient(lost)).max() > 10 * np.abs(expected).max()
 
 
+def test_features_that_are_constant_up_to_rounding():
+    """Centring leaves columns of rounding, all along the ones: no two directions, but none."""
+    x = np.array([[0.0, 1.5, 1.5]] + 5 * [[1.5, 1.5, 1.5]])
+    y = np.array([[0.0, 1.0, 0.0]] + 5 * [[0.0, 0.0, 0.0]])
+    for a, b in ((x, y), (y, x)):
+        value = jax.jit(losses.gaussian_w2)(*single(a, b))
+        np.testing.assert_allclose(value, oracles.gaussian_w2(a, b), rtol=1e-6)
+
+
 @pytest.mark.parametrize("d", [31, 32, 33, 40])
 def test_kl_over_features_is_kl_over_samples(d):
     """On both sides of n = d; one class holds everyone, which takes the other form."""

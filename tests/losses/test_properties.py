@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import collapsed, compiled, law, scaled
+from numerics import collapsed, compiled, law, parameters_of, scaled
 from walk import VARIANTS, used
 
 from kd2m_jax import Outputs, losses
@@ -74,19 +74,31 @@ def call(metric, student, teacher, labels):
     return float(value), jax.tree.map(lambda a: np.asarray(a, np.float64), grads)
 
 
+def is_a_point(outputs):
+    """Whether all rows are one, as far as half precision sees."""
+    z = np.asarray(outputs.features, np.float64)
+    return np.ptp(z, axis=0).max() <= 1e-2 * np.abs(z).max()
+
+
 def check(metric, dtype, drawn):
     """All laws on one drawing."""
     (student, teacher, labels), order = drawn
     student, teacher = jax.tree.map(lambda a: jnp.asarray(a, dtype), (student, teacher))
     known = law(metric)
+    if not isinstance(dict(metric.options).get("bandwidth", "mean"), str):
+        known = known._replace(power=None)  # a width in the unit of the features
+    if "shrinkage" in parameters_of(metric) and all(map(is_a_point, (student, teacher))):
+        known = known._replace(power=None, moves=False)  # no spread for a ridge to be relative to
     of = functools.partial(call, metric, labels=labels)
     value, grads = of(student, teacher)
     assert np.isfinite(value)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    # A gradient has its array's type, and half precision ends at 65,504.
+    sound = (lambda a: ~np.isnan(a)) if dtype == jnp.float16 else np.isfinite
+    assert all(sound(leaf).all() for leaf in jax.tree.leaves(grads))
     # Rounding is measured by the clouds, not by what is left of them near equality. Iterative
     # plans end within 1% of their optimum.
     size = max(abs(of(collapsed(z), z)[0]) for z in (student, teacher))
-    iterative = "solver" in (losses.METRICS[metric.name].function.__wrapped__.__kwdefaults__ or {})
+    iterative = "solver" in parameters_of(metric)
     rtol = 2e-2 if iterative or metric.name == "gw2" else 1e-3
     close = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-4 * size)
     assert value >= -1e-4 * size
@@ -96,7 +108,7 @@ def check(metric, dtype, drawn):
         assert of(student, student)[0] <= 1e-4 * size
     if known.symmetric:
         close(of(teacher, student)[0], value)
-    if known.power is not None:
+    if known.power is not None and dtype != jnp.float16:  # which loses digits below 6e-5
         unit = 0.25
         moved = of(*(scaled(z, unit) for z in (student, teacher)))[0]
         close(moved / unit**known.power, value)
