@@ -44,7 +44,10 @@ def assert_close(found, expected):
         assert one == pytest.approx(other, rel=1e-4)
     for name in ("student", "best"):
         one, other = (nnx.to_pure_dict(nnx.state(getattr(r, name))) for r in (found, expected))
-        chex.assert_trees_all_close(*(jax.tree.map(np.asarray, t) for t in (one, other)), rtol=1e-4)
+        # Two programs: an entry near 0 has the rounding of the entries about 0.1 beside it.
+        chex.assert_trees_all_close(
+            *(jax.tree.map(np.asarray, t) for t in (one, other)), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_each_student_ends_as_it_would_alone():
