@@ -29,6 +29,8 @@ LOAD = "from experiments.data.load import load; load({name!r}, {folder!r})"
 DIGITS = """
 import atexit, json, sys, time
 count = {"programs": 0, "compiling": 0.0, "saves": 0, "saving": 0.0}
+from experiments.common.cli import prepare_jax
+prepare_jax()
 import jax
 def note(event, seconds, **more):
     if event == "/jax/core/compile/backend_compile_duration":

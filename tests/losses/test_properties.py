@@ -123,9 +123,8 @@ def run(name, programs, examples, **settings):
         max_examples=examples,
         deadline=None,
         database=None,
-        derandomize=True,  # the same drawings in every run: a failure is a change's, not chance's
         print_blob=True,
-        **settings,
+        **({"derandomize": True} | settings),  # a failure is a change's, not chance's
     )
     @hypothesis.given(st.sampled_from(programs), networks())
     def laws(program, drawn):
