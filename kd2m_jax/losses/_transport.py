@@ -72,7 +72,8 @@ def w2(
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n (a bank of them, say).
       solver: "sinkhorn" (entropic, log domain, any n and m), "ipot" (inexact proximal point:
-        no entropic bias, any n and m) or "exact" (Hungarian, n = m). Where Sinkhorn has not
+        no entropic bias, any n and m), "exact" (assignment, n = m; sequential, so slow on a
+        GPU) or "auto" (exact on a CPU where n = m, Sinkhorn elsewhere). Where Sinkhorn has not
         converged after 500 iterations (clusters that hold different mass on the two sides, say)
         the proximal point method takes over.
       epsilon: > 0, the strength of the entropy, relative to a lower bound of the cost itself
