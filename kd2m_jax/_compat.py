@@ -1,4 +1,4 @@
-"""What older versions of our dependencies lack, in one place.
+"""What versions of our dependencies lack, in one place.
 
 Each entry names the version that has the real thing: delete it when that one is the floor. Flax is
 imported inside, because the losses use this file too and load no Flax.
@@ -34,3 +34,19 @@ def set_value(variable: Any, value: jax.Array) -> None:
         variable.set_value(value)
     else:
         variable.value = value
+
+
+def forget(program: Any) -> None:
+    """Let go of a compiled program's code, whoever else still holds the program.
+
+    From jax 0.8 on, what ``jax.pmap`` keeps of a function holds that function, so that nothing is
+    ever freed, and it has no ``clear_cache`` of its own.
+    """
+    if hasattr(program, "clear_cache"):
+        program.clear_cache()
+        return
+    try:
+        from jax._src.pmap import _cached_shard_map
+    except ImportError:  # another jax: then there is nothing to let go, or no way to
+        return
+    _cached_shard_map.evict_function(program.__wrapped__)  # pyright: ignore

@@ -15,6 +15,14 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 
+def check_local(folder: str | os.PathLike | None) -> None:
+    """Raise CheckpointError for an address of a bucket: its lock and renames need a local disk."""
+    if folder is not None and "://" in os.fspath(folder):
+        raise CheckpointError(
+            f"{os.fspath(folder)} is no local folder: write to one and copy it, or mount the bucket"
+        )
+
+
 @contextlib.contextmanager
 def locked(file: pathlib.Path, *, waiting: Callable[[str], object] | None = None) -> Iterator[None]:
     """Hold a folder by a file in it; the lock ends with the process, however it ends.

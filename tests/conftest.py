@@ -1,5 +1,6 @@
 """Settings that must stand before JAX starts: the CPU, seen as four devices."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -11,6 +12,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 set_compiler_flags(optimised=False)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# No traceback beside each operation: a tenth of the time of a test that compiles.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -19,9 +22,19 @@ import pytest  # noqa: E402
 # would keep their programs in the user's home.
 programs = tempfile.TemporaryDirectory(prefix="kd2m-jax-programs-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Broadcasting [n] against [n, d] by accident is the commonest mistake in a loss.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Workers would read programs that the other one is writing. Only their children keep any.
+jax.config.update("jax_enable_compilation_cache", False)
+
+
+def pytest_collection_finish(session):
+    """Let the collector pass over what imports made, and run seldom: another tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 # Of the 65,530 pieces of memory that Linux lets a process map. Each compiled program maps some.

@@ -1,7 +1,6 @@
 """experiments.digits as two processes of two devices each: one result, and no one left waiting."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
@@ -10,6 +9,7 @@ import sys
 import time
 
 import pytest
+from children import environment
 
 from experiments.common.errors import UsageError
 from experiments.runs.folder import read_metrics
@@ -21,11 +21,10 @@ RUN += ["--metric=cw2", "--coef=1e-2", "--epochs=8"]
 
 
 def start(out, devices, *flags):
-    flags_of_xla = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [*RUN, f"--out={out}", *flags],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags_of_xla},
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -27,8 +27,8 @@ LAYERS = [
 ]
 # The floors of kd2m_jax.training, likewise.
 FLOORS = [
-    ("_processes", "_programs", "_auto_coef", "_records", "_batches"),
-    ("_step", "_checkpoints"),
+    ("_processes", "_programs", "_auto_coef", "_records", "_examples"),
+    ("_step", "_checkpoints", "_batches", "_identity"),
     ("_parallel", "_evaluation"),
     ("_plan",),
     ("_progress", "_session"),
@@ -264,9 +264,16 @@ NO_JAX += [
 
 
 @pytest.mark.parametrize("module", NO_JAX)
-def test_a_report_needs_no_jax(module):
+def test_a_report_imports_no_jax(module):
     assert packages(module).isdisjoint({"jax", "flax", "optax", "orbax"})
-    assert "jax" not in loaded(f"import {module.removesuffix('.__init__')}")
+
+
+def test_a_report_loads_no_jax():
+    """All in one process, which takes a second: it names the first that does."""
+    each = [
+        f"import {m.removesuffix('.__init__')}; assert 'jax' not in sys.modules" for m in NO_JAX
+    ]
+    assert "jax" not in loaded("import sys; " + "; ".join(each))
 
 
 PACKAGES = [m for m in MODULES if m.startswith("experiments.") and m.endswith(".__init__")]
@@ -277,8 +284,8 @@ def test_a_room_loads_nothing_by_itself(module):
     assert list(imported(module)) == []
 
 
-# Three exceptions are allowed. The signature of fit alone has 25 lines.
-LONG = {"kd2m_jax.training._fit.fit"}
+# Three exceptions are allowed. The signatures of these two alone have 25 lines.
+LONG = {"kd2m_jax.training._fit.fit", "kd2m_jax.training._plan.make_plan"}
 
 
 def functions(tree, prefix=""):

@@ -21,6 +21,7 @@ import jupytext
 import nbclient
 import nbformat
 import pytest
+from children import environment
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ SECONDS = 90  # to run one, on two cores
 def execute(notebook, folder):
     """Run all cells in a fresh kernel on the CPU, as one device, in an empty folder."""
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": python_path}
+    variables = environment(optimised=True) | {"PYTHONPATH": python_path}
     client = nbclient.NotebookClient(
         notebook,
         timeout=600,  # of a cell; both long, for a machine that does other things too
@@ -47,7 +48,7 @@ def execute(notebook, folder):
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
     )
-    return client.execute(env=environment)
+    return client.execute(env=variables)
 
 
 def sources(notebook, kind):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from children import environment
 
 from kd2m_jax import losses
 
@@ -71,7 +72,7 @@ def test_the_experiment_commands_run(command, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", module, *flags, *extra],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=environment(optimised=True),
         capture_output=True,
         text=True,
     )

@@ -120,7 +120,10 @@ def build(settings: Settings | RunConfig, dataset: Dataset) -> Plan:
     distilled, projectors = student, ()
     if metric is not None:
         distilled, projectors = with_projector(student, teacher, dataset, metric)
-    per_epoch = steps_per_epoch(dataset.train[1], config.batch_size, config.per_class)
+    try:
+        per_epoch = steps_per_epoch(dataset.train[1], config.batch_size, config.per_class)
+    except ValueError as error:
+        raise UsageError(f"--per-class: {error}") from error
     return Plan(
         config=dataclasses.replace(config, parameters=parameters),
         dataset=dataset,

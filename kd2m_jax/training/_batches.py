@@ -1,18 +1,29 @@
 """Where `fit` takes its batches from."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Arrays = tuple[Any, Any]
+from kd2m_jax.training._examples import (
+    Arrays,
+    check_classes,
+    check_memory,
+    dtype_of,
+    examples,
+    on_device,
+)
 
 
 class Batches:
-    """Arrays on the device in a fresh order an epoch, or somebody's iterable as it is."""
+    """Arrays on the device in a fresh order an epoch, or somebody's iterable as it is.
+
+    Attributes:
+      classes: how many the networks know; None until that is known.
+    """
 
     def __init__(
         self,
@@ -29,23 +40,24 @@ class Batches:
         self._seed, self._devices, self._batch_size = seed, devices, batch_size
         self._per_class = per_class
         self._iterable = None
-        if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
-            x, labels = (jnp.asarray(a) for a in data)
-            if len(x) != len(labels):
-                raise ValueError(f"{len(x)} inputs, but {len(labels)} labels")
-            if jnp.issubdtype(labels.dtype, jnp.integer) and (lowest := int(labels.min())) < 0:
-                raise ValueError(f"labels must be class numbers from 0 on, got {lowest}")
-            if batch_size > len(x):
-                raise ValueError(f"batch_size {batch_size} is larger than the data ({len(x)})")
-            self._arrays = place((x, labels))
+        self.classes: int | None = None
+        if _are_arrays(data):
+            x, labels = examples("data", data)
+            if batch_size > len(labels):
+                raise ValueError(f"batch_size {batch_size} is larger than the data ({len(labels)})")
             self.steps_per_epoch = steps_per_epoch(labels, batch_size, per_class)
             if self.steps_per_epoch == 0:
                 raise ValueError(
                     f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
                 )
-            self.sample = jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype)
+            check_memory("data", x, jax.local_devices()[0])
+            self._arrays = place(jax.tree.map(jnp.asarray, (x, labels)))
             # What decides the order of the batches, beside the seed.
-            self.settings = {"batch_size": batch_size, "examples": len(x), "per_class": per_class}
+            self.settings = {
+                "batch_size": batch_size,
+                "examples": len(labels),
+                "per_class": per_class,
+            }
         else:
             if hasattr(data, "shape"):
                 raise ValueError(
@@ -55,15 +67,24 @@ class Batches:
             if per_class is not None:
                 raise ValueError("per_class orders arrays; an iterable brings its own batches")
             self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
-            first = _first_batch(data)
-            if iter(data) is data:
-                raise ValueError(
-                    "data is a generator, which can be read only once: pass something that can "
-                    "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
-                )
-            self.sample = jax.ShapeDtypeStruct(np.shape(first), np.asarray(first).dtype)
+            x, labels = _first_batch(data)
+            batch_size = len(labels)
             self.settings = {"batches": self.steps_per_epoch}
-        self._check_split(self.sample.shape[0])
+        self.sample = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((batch_size, *np.shape(a)[1:]), dtype_of(a)), x
+        )
+        self._check_split(batch_size)
+
+    def expect(self, classes: int) -> None:
+        """Raise ValueError, now or with a later batch, for labels that are none of the classes."""
+        self.classes = classes
+        if self._iterable is None:
+            check_classes("data", self._arrays[1], classes)
+
+    @property
+    def arrays(self) -> Any:
+        """The arrays ``(x, labels)``; None of an iterable."""
+        return None if self._iterable is not None else self._arrays
 
     @property
     def in_memory(self) -> bool:
@@ -77,9 +98,12 @@ class Batches:
         """
         if self._iterable is not None:
             empty = skip == 0
-            for x, labels in itertools.islice(iter(self._iterable), skip, None):
+            drawn = itertools.islice(iter(self._iterable), skip, None)
+            for number, batch in enumerate(drawn, skip + 1):
                 empty = False
-                yield self._split(jnp.arange(len(labels)), 1), (jnp.asarray(x), jnp.asarray(labels))
+                x, labels = examples(f"batch {number}", batch, self.classes)
+                arrays = jax.tree.map(on_device, (x, labels))
+                yield self._split(jnp.arange(len(labels)), 1), arrays
             if empty:
                 raise ValueError(
                     f"data gave no batch in epoch {epoch + 1}: can it be iterated anew?"
@@ -121,20 +145,42 @@ class Batches:
 
 
 def steps_per_epoch(labels, batch_size: int, per_class: int | None) -> int:
-    """How many whole batches an epoch of arrays has, with ``per_class`` of whole runs."""
-    counts = np.unique(np.asarray(labels), return_counts=True)[1]
-    return int((counts - counts % (per_class or 1)).sum()) // batch_size
+    """How many whole batches an epoch of arrays has, with ``per_class`` of whole runs.
+
+    ValueError for a class of which there is no whole run: it would never be drawn.
+    """
+    classes, counts = np.unique(np.asarray(labels), return_counts=True)
+    size = per_class or 1
+    if per_class and (rare := counts < per_class).any():
+        named = ", ".join(f"{c} ({n})" for c, n in zip(classes[rare], counts[rare], strict=True))
+        raise ValueError(
+            f"per_class {per_class} would never draw these classes, which have fewer examples: "
+            f"{named[:200]}"
+        )
+    return int((counts - counts % size).sum()) // batch_size
 
 
-def _first_batch(data: Iterable[Arrays]):
-    """Return the inputs of the first batch; ValueError where it is not ``(x, labels)``."""
+def _are_arrays(data: Any) -> bool:
+    """Tell arrays from an iterable of batches: a pair or a dict with an array in it."""
+    if isinstance(data, Mapping):
+        return True
+    pair = isinstance(data, tuple) and len(data) == 2
+    return pair and any(hasattr(part, "shape") for part in data)
+
+
+def _first_batch(data: Any) -> tuple[Any, Any]:
+    """Return the first batch; ValueError where it is not ``(x, labels)``."""
     first = next(iter(data), None)
     if first is None:
         raise ValueError("data gave no batch")
-    if hasattr(first, "shape") or len(first) != 2 or np.ndim(first[1]) != 1:
-        hint = ": pass two arrays as a tuple (x, labels)" if isinstance(data, list) else ""
-        raise ValueError(f"data must give batches (x, labels), labels [n]{hint}")
-    return first[0]
+    if iter(data) is data:
+        raise ValueError(
+            "data is a generator, which can be read only once: pass something that can "
+            "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
+        )
+    if isinstance(data, list) and len(data) == 2 and hasattr(first, "shape"):
+        raise ValueError("data is a list of two arrays: pass them as a tuple (x, labels)")
+    return examples("batch 1", first)
 
 
 def steps_per_call(device, batches: Batches) -> int:

@@ -1,5 +1,6 @@
 """Checkpoints of a run: the last one to resume from, and the best one apart."""
 
+import json
 import logging
 import os
 import pathlib
@@ -103,6 +104,8 @@ class Checkpoints:
             step = steps.pop()
             try:
                 record = manager.restore(step, args=ocp.args.Composite(record=_JSON))["record"]
+                if record.pop("sum", None) not in (None, _sum_of(record)):  # old ones have none
+                    raise ValueError("the record is not the one that was saved")
                 known = record.pop("arrays")
                 shapes = {name: shape for name, (shape, _) in known.items()}
                 same, found = named is None or shapes == _shapes(named), {}
@@ -144,26 +147,21 @@ class Checkpoints:
             self._best.close()
 
 
-def check_same(old: dict, new: dict, folder) -> None:
-    """CheckpointError for settings that a resumed run may not change."""
-    changed = [f"{k} {old[k]} -> {new[k]}" for k in new if k in old and old[k] != new[k]]
-    if changed:
-        raise CheckpointError(
-            f"the checkpoint in {folder} was made with other settings ({', '.join(changed)}): "
-            "resume with its own, or use another folder"
-        )
-
-
 def _arguments(tree: Any, record: dict):
     # Arrays under their place in the tree: a file that says what it holds, and no pytree type of
     # ours or of Flax's inside it.
     named = _by_name(tree)
     shapes, sums = _shapes(named), _sums(named)
     arrays = {name: [shapes[name], sums[name]] for name in named}
+    record = record | {"arrays": arrays}
     return ocp.args.Composite(
         tree=ocp.args.StandardSave(named),
-        record=ocp.args.JsonSave(record | {"arrays": arrays}),
+        record=ocp.args.JsonSave(record | {"sum": _sum_of(record)}),
     )
+
+
+def _sum_of(record: dict) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _by_name(tree: Any) -> dict[str, np.ndarray]:

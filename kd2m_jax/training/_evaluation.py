@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax.adapters import DEVICES, Apply, Network
+from kd2m_jax.training._examples import examples
 from kd2m_jax.training._processes import summed
 from kd2m_jax.training._programs import shared
 
@@ -57,25 +58,36 @@ def evaluation_sums(apply: Apply, variables: Any, batch: Any) -> dict[str, jax.A
     }
 
 
-def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: Mesh):
-    """Return a function of variables for each network: its scores over all examples, or none."""
+def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: Mesh, classes: int):
+    """Return a function of variables for each network: its scores over all examples, or none.
+
+    ValueError or TypeError for data that is not ``(x, labels)`` arrays.
+    """
     if data is None:
         return [lambda variables: {}] * len(networks)
-    x, labels = (jnp.asarray(a)[jax.process_index() :: jax.process_count()] for a in data)
+    x, labels = examples("eval_data", data, classes)
     # One shape for all batches, split over the devices; the last one is padded with labels that
     # do not count.
-    size = -(-min(len(x), 500) // mesh.size) * mesh.size
-    padding = -len(x) % size
-    x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
-    labels = jnp.concatenate([labels.astype(jnp.int32), jnp.full(padding, -1, jnp.int32)])
+    own = slice(jax.process_index(), None, jax.process_count())
+    count = len(labels[own])
+    size = -(-min(count, 500) // mesh.size) * mesh.size
+    padding = -count % size
     split = NamedSharding(mesh, PartitionSpec(None, DEVICES))
-    x, labels = (jax.device_put(a.reshape(-1, size, *a.shape[1:]), split) for a in (x, labels))
+
+    def batched(array, fill=0):
+        array = jnp.asarray(array)[own]
+        array = jnp.concatenate([array, jnp.full((padding, *array.shape[1:]), fill, array.dtype)])
+        return jax.device_put(array.reshape(-1, size, *array.shape[1:]), split)
+
+    x = jax.tree.map(batched, x)
+    labels = batched(jnp.asarray(labels, jnp.int32), fill=-1)
+    batches = [jax.tree.map(lambda a, i=i: a[i], (x, labels)) for i in range(len(labels))]
 
     def evaluator(network: Network):
         eval_step = shared(_program, network.apply, preprocess)
 
         def evaluate(variables):
-            parts = [eval_step(variables, batch) for batch in zip(x, labels, strict=True)]
+            parts = [eval_step(variables, batch) for batch in batches]
             sums = summed({name: sum(float(part[name]) for part in parts) for name in parts[0]})
             return {
                 "test_loss": sums["loss"] / sums["count"],

@@ -9,7 +9,8 @@ from flax import linen as nn
 from flax import nnx
 
 from kd2m_jax.adapters import Model, Network
-from kd2m_jax.training._batches import Arrays
+from kd2m_jax.training._examples import Arrays
+from kd2m_jax.training._parallel import without_mesh
 from kd2m_jax.training._plan import AnyMetric, Preprocess, Students, check_numbers, make_plan
 from kd2m_jax.training._progress import shown
 from kd2m_jax.training._records import Record
@@ -233,41 +234,44 @@ def fit(
         epochs=epochs,
         batch_size=batch_size,
         log_every=log_every,
+        max_steps=max_steps,
         per_class=per_class,
-        save_every=save_every,
-    )
-    students = Students.of(student, metric, coef, has_teacher=teacher is not None)
-    plan = make_plan(
-        students,
-        data,
-        teacher=teacher,
-        teacher_variables=teacher_variables,
-        task_coef=task_coef,
-        optimizer=optimizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        per_class=per_class,
-        eval_data=eval_data,
-        preprocess=preprocess,
-        callbacks=callbacks,
-        log_every=log_every,
-        checkpoint_dir=checkpoint_dir,
         save_every=save_every,
         seed=seed,
-        max_steps=max_steps,
-        devices=devices,
     )
-    with shown(plan, progress), session(plan) as run:
-        while run.epoch < epochs and not run.stopped_short:
-            whole = True
-            for rows, arrays in plan.batches.epoch(
-                run.epoch, plan.steps_per_call, skip=run.position
-            ):
-                whole = not run.stopped_short
-                if not whole:
-                    break
-                run.run(rows, arrays)
-            run.end_epoch(whole=whole)
+    with without_mesh():
+        students = Students.of(student, metric, coef, has_teacher=teacher is not None)
+        plan = make_plan(
+            students,
+            data,
+            teacher=teacher,
+            teacher_variables=teacher_variables,
+            task_coef=task_coef,
+            optimizer=optimizer,
+            epochs=epochs,
+            batch_size=batch_size,
+            per_class=per_class,
+            eval_data=eval_data,
+            preprocess=preprocess,
+            callbacks=callbacks,
+            log_every=log_every,
+            checkpoint_dir=checkpoint_dir,
+            save_every=save_every,
+            seed=seed,
+            max_steps=max_steps,
+            devices=devices,
+        )
+        with shown(plan, progress), session(plan) as run:
+            while run.epoch < epochs and not run.stopped_short:
+                whole = True
+                for rows, arrays in plan.batches.epoch(
+                    run.epoch, plan.steps_per_call, skip=run.position
+                ):
+                    whole = not run.stopped_short
+                    if not whole:
+                        break
+                    run.run(rows, arrays)
+                run.end_epoch(whole=whole)
     results = [
         FitResult(network.export(*state.variables), network.export(*best), log.history, state)
         for network, state, best, log in zip(

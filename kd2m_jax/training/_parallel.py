@@ -1,10 +1,12 @@
 """The training step on several devices: one body under pmap and under shard_map."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 import optax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax.adapters import DEVICES, Network
 from kd2m_jax.losses import Metric, MetricSum
@@ -69,12 +71,16 @@ def pmap_step(
         donate_argnums=0,
     )
 
+    where = NamedSharding(Mesh(np.array(devices), (DEVICES,)), PartitionSpec(DEVICES))
+
     def step(state, teacher_variables, batch):
         _check_divisible(batch, len(devices))
-        split = jax.tree.map(
-            lambda a: a.reshape(len(devices), a.shape[0] // len(devices), *a.shape[1:]), batch
-        )
-        return mapped(state, teacher_variables, split)
+        with without_mesh():
+            batch = jax.device_put(batch, where)  # it may lie on a mesh of the caller's
+            split = jax.tree.map(
+                lambda a: a.reshape(len(devices), a.shape[0] // len(devices), *a.shape[1:]), batch
+            )
+            return mapped(state, teacher_variables, split)
 
     return apart(step)
 
@@ -145,11 +151,29 @@ def shard_map_step(
         donate_argnums=0,
     )
 
+    where = NamedSharding(mesh, split)
+
+    def placed(array):
+        """Bring an array over that lies on an explicit mesh of the caller's."""
+        explicit = jax.typeof(array).sharding.mesh.explicit_axes
+        return jax.device_put(array, where) if explicit else array
+
     def step(state, teacher_variables, batch):
         _check_divisible(batch, mesh.size)
-        return mapped(state, teacher_variables, batch)
+        with without_mesh():
+            return mapped(state, teacher_variables, jax.tree.map(placed, batch))
 
     return apart(step)
+
+
+@contextlib.contextmanager
+def without_mesh() -> Iterator[None]:
+    """Set a mesh aside that the caller has set: what runs inside brings its own."""
+    with contextlib.ExitStack() as stack:
+        if not jax.sharding.get_abstract_mesh().empty:
+            with contextlib.suppress(ValueError):  # while a program is traced it cannot be
+                stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
+        yield
 
 
 def _check_divisible(batch, devices: int) -> None:

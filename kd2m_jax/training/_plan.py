@@ -13,10 +13,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kd2m_jax._locks import check_local
 from kd2m_jax.adapters import DEVICES, Model, Network, as_network, from_nnx
 from kd2m_jax.losses import Metric, MetricSum
-from kd2m_jax.training._batches import Arrays, Batches, steps_per_call
+from kd2m_jax.losses._metrics import as_outputs
+from kd2m_jax.training._batches import Batches, steps_per_call
 from kd2m_jax.training._evaluation import evaluators
+from kd2m_jax.training._examples import Arrays
+from kd2m_jax.training._identity import Compared
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._records import Record, Records
 from kd2m_jax.training._step import Body, Coef, TrainState, init_state, step_body
@@ -104,12 +108,24 @@ class Students:
 
 
 def check_numbers(
-    *, epochs: int, batch_size: int, log_every: int, per_class: int | None, save_every: float
+    *,
+    epochs: int,
+    batch_size: int,
+    log_every: int,
+    max_steps: int | None,
+    per_class: int | None,
+    save_every: float,
+    seed: int,
 ) -> None:
     """Raise ValueError for a number that is out of range."""
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("log_every", log_every)):
+    counts = {"epochs": epochs, "batch_size": batch_size, "log_every": log_every}
+    for name, value in {**counts, "max_steps": 1 if max_steps is None else max_steps}.items():
+        if not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed < 2**32:  # JAX would take its last 32 bits without a word
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
     if per_class is not None and (per_class < 1 or batch_size % per_class):
         raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
     if not save_every >= 0:
@@ -138,6 +154,7 @@ def make_plan(
     devices: Sequence[Any] | None,
 ) -> Plan:
     """Check the arguments of `fit`, put what stays on the devices there, and make the program."""
+    check_local(checkpoint_dir)
     devices = list(devices or jax.devices())
     here = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()]
     preprocess = preprocess or _unchanged
@@ -150,23 +167,37 @@ def make_plan(
         teacher_variables = place(variables_of(teacher, teacher_variables))
     batches = Batches(data, batch_size, seed, len(devices), per_class, place, here)
     total = _total_steps(batches, epochs, max_steps)
-    if optimizer is None:
-        schedule = optax.cosine_decay_schedule(1e-3, total) if total else 1e-3
-        optimizer = optax.adam(schedule)
+    chosen = optimizer or _default_optimizer(total)
     frozen = None if teacher is None else as_network(teacher)
-    bodies = _bodies(networks, students, frozen, optimizer, task_coef)
+    bodies = _bodies(networks, students, frozen, chosen, task_coef)
     sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
-    sample, key = jnp.zeros(sample.shape, sample.dtype), jax.random.key(seed)
+    sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
+    key = jax.random.key(seed)
+    states = place([init_state(network, chosen, sample, key=key) for network in networks])
+    outputs = [_outputs(n, s.variables, sample) for n, s in zip(networks, states, strict=True)]
+    classes = min(out.logits.shape[-1] for out in outputs)
+    batches.expect(classes)
+    compared = Compared(
+        metrics=students.metrics,
+        coefs=students.coefs,
+        task_coef=task_coef,
+        teacher=None if teacher is None else teacher_variables,
+        data=batches.arrays,
+        optimizer=optimizer,
+        params=states[0].params,
+        outputs=lambda: (outputs[0], _outputs(frozen, teacher_variables, sample)),
+        others={"seed": seed, **batches.settings},
+    )
     return Plan(
         networks=networks,
         is_population=students.is_population,
-        states=place([init_state(network, optimizer, sample, key=key) for network in networks]),
+        states=states,
         teacher_variables=teacher_variables,
         program=shared(_mapped, bodies, preprocess, tuple(devices)),
         batches=batches,
-        evaluate=evaluators(networks, eval_data, preprocess, mesh),
+        evaluate=evaluators(networks, eval_data, preprocess, mesh, classes),
         records=_records(students, callbacks, has_teacher=teacher is not None, total=total),
-        settings=_settings(batches, seed, students),
+        settings={} if checkpoint_dir is None else compared.described(),
         total=total,
         epochs=epochs,
         max_steps=max_steps,
@@ -198,17 +229,28 @@ def _records(students: Students, callbacks, *, has_teacher: bool, total) -> list
     ]
 
 
+def _default_optimizer(total: int | None) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(1e-3, total) if total else 1e-3)
+
+
+def _outputs(network: Network | None, variables: Any, sample: Any) -> Any:
+    """Return the shapes of what a network gives for a batch."""
+    assert network is not None
+    params, state = variables
+    out, _ = jax.eval_shape(
+        lambda params, state, x: network.apply(params, state, x, train=False, rng=None),
+        params,
+        state,
+        sample,
+    )
+    out = as_outputs("student", out)
+    if out.logits is None:
+        raise TypeError("the student returns no logits, which its cross-entropy needs")
+    return out
+
+
 def _unchanged(x, keys):
     return x
-
-
-def _settings(batches: Batches, seed: int, students: Students) -> dict:
-    """Return what a resumed run keeps, besides the arrays' shapes."""
-    settings = {"seed": seed, **batches.settings}
-    settings["metric"] = [str(getattr(m, "label", m)).replace("_", "-") for m in students.metrics]
-    if not any(map(callable, students.coefs)):  # a schedule cannot be compared
-        settings["coef"] = [c if isinstance(c, str) else float(c) for c in students.coefs]  # pyright: ignore[reportArgumentType]
-    return settings
 
 
 def variables_of(model: Model, variables: Any) -> Any:
@@ -229,7 +271,7 @@ def _mapped(bodies: Sequence[Body], preprocess: Preprocess, devices: Sequence[An
 
     def one(states, teacher_variables, rows, arrays):
         state = states[0]  # all have the same key and step
-        x, labels = (a[rows] for a in arrays)
+        x, labels = jax.tree.map(lambda a: a[rows], arrays)
         # One key per example, so that augmentation does not depend on the number of devices. The
         # step itself draws from the keys 0 and 1 that split() makes of the same one.
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kd2m_jax._compat import forget
+
 # Each has a few megabytes of code in some tens of the 65,530 memory maps that Linux grants.
 MOST = 32
 _LIBRARIES = {"kd2m_jax", "experiments", "optax", "jax", "jaxlib", "flax", "functools", "builtins"}
@@ -60,10 +62,15 @@ class Shared(NamedTuple):
         return self.program(*arguments)
 
 
+def drop_unshared(program: Any) -> None:
+    """Let go of a program that was made for one call alone, after that call."""
+    if not isinstance(program, Shared):
+        forget(program)
+
+
 def _forget(key: Hashable) -> None:
-    program = _programs.pop(key, None)
-    if hasattr(program, "clear_cache"):
-        program.clear_cache()  # pyright: ignore[reportFunctionMemberAccess, reportOptionalMemberAccess]
+    if key in _programs:
+        forget(_programs.pop(key))
 
 
 def _weakly(part: Any, key: Hashable, callers: list) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from kd2m_jax._locks import check_local
 from kd2m_jax.adapters import Model, as_network
 from kd2m_jax.errors import CheckpointError
 from kd2m_jax.training._fit import M
@@ -72,6 +73,7 @@ def restore(
 
     if which not in _PLACES:
         raise ValueError(f"which must be 'last' or 'best', got {which!r}")
+    check_local(checkpoint_dir)
     if not os.path.isdir(checkpoint_dir):
         raise CheckpointError(f"there is no folder {os.fspath(checkpoint_dir)}")
     with contextlib.closing(Checkpoints(checkpoint_dir, writing=False)) as checkpoints:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from kd2m_jax._locks import locked, stop_requests
 from kd2m_jax.errors import NonFiniteLoss, Stopped
+from kd2m_jax.training._identity import check_same
 from kd2m_jax.training._plan import Plan
 from kd2m_jax.training._processes import asked_to_stop, held_by_first
+from kd2m_jax.training._programs import drop_unshared
 from kd2m_jax.training._step import owned
 
 _all_finite = jax.jit(lambda tree: jnp.all(jnp.array([jnp.isfinite(x).all() for x in tree])))
@@ -103,6 +105,7 @@ class Session:
             "epoch": self.epoch,
             "position": self.position,
             "settings": self._plan.settings,
+            "total": self._plan.total,
             # This reads what is in flight: a loss that is not finite is not saved.
             "logs": [records.state() for records in self._plan.records],
         }
@@ -126,12 +129,18 @@ class Session:
 
     def resume(self, checkpoints) -> None:
         """Save to these checkpoints from now on, after taking up what they hold."""
-        from kd2m_jax.training._checkpoints import check_same
-
         plan, lost = self._plan, False
         if found := checkpoints.restore(self.states):
             self.states, saved = found
             check_same(saved["settings"], plan.settings, plan.checkpoint_dir)
+            if saved.get("total", plan.total) != plan.total:
+                logging.getLogger(__name__).warning(
+                    "the run in %s was planned for %s steps and is continued to %s: a learning "
+                    "rate that follows their number is another from here on",
+                    plan.checkpoint_dir,
+                    saved["total"],
+                    plan.total,
+                )
             self.epoch, self.position = saved["epoch"], saved["position"]
             self.done = int(self.states[0].step)
             self._saved = (time.monotonic(), self.epoch, self.done)
@@ -159,12 +168,13 @@ class Session:
 def session(plan: Plan) -> Iterator[Session]:
     """Hold a run's folder, if it has one, and save there at the end, whatever the end is."""
     run = Session(plan)
-    if plan.checkpoint_dir is None:
-        yield run
-        return
-    from kd2m_jax.training._checkpoints import Checkpoints  # orbax takes a second
-
     with contextlib.ExitStack() as stack:
+        stack.callback(drop_unshared, plan.program)
+        if plan.checkpoint_dir is None:
+            yield run
+            return
+        from kd2m_jax.training._checkpoints import Checkpoints  # orbax takes a second
+
         stack.enter_context(held_by_first(locked(pathlib.Path(plan.checkpoint_dir) / ".lock")))
         # JAX listens for SIGTERM where there are several processes, so that they agree.
         if jax.process_count() > 1:

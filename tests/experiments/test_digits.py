@@ -14,6 +14,7 @@ import chex
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from children import environment
 from matplotlib import get_cachedir
 from torch_files import pickled_state, torch_state, write_pth, write_safetensors
 
@@ -28,11 +29,6 @@ SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-siz
 
 def command(out, *flags):
     return [sys.executable, "-m", "experiments.digits", f"--out={out}", *flags]
-
-
-def environment():
-    """One device, as on a laptop."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def digits_run(out, *flags, env=None):
@@ -227,7 +223,10 @@ def test_pretrained_weights_are_where_both_networks_begin(save, monkeypatch, tmp
         (["--batch-size=2000"], "--batch-size 2000 is larger than the training set (1347 images)"),
         (["--batch-size=127"], "--batch-size 127 does not split evenly over 4 devices"),
         (["--metric=nst"], "--metric=nst: "),
-        (["--per-class=256", "--batch-size=256"], "--per-class 256 leaves 0 images"),
+        (
+            ["--per-class=256", "--batch-size=256"],
+            "--per-class: per_class 256 would never draw these classes",
+        ),
         (["--seed=-1"], "--seed must be at least 0"),
         (["--max-steps=0"], "--max-steps must be at least 1"),
         (["--pretrained-student=no.pth"], "--pretrained-student"),

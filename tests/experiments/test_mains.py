@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archives import fake_archives, register
+from children import environment
 from torch_files import torch_state, write_safetensors
 
 from experiments import cifar, mnist, svhn
@@ -117,7 +118,7 @@ def test_losses_fall_on_the_real_cifar10(tmp_path):
     small = ["--teacher=resnet20", "--student=resnet8", "--max-steps=30", "--metric=jw2"]
     folders = [f"--data-dir={DATA}", f"--out={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "experiments.cifar", *small, *folders]
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = environment(optimised=True)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "run")

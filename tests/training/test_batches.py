@@ -100,9 +100,17 @@ def test_the_student_that_comes_back_normalises_with_its_running_statistics():
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("batches", [list(data()), [np.ones((4, D))], [(np.ones(4), 0)]])
-def test_data_that_is_no_batch_is_named(batches):
-    with pytest.raises(ValueError, match=r"data must give batches \(x, labels\)"):
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (list(data()), r"data is a list of two arrays: pass them as a tuple \(x, labels\)"),
+        ([np.ones((4, D))], r"batch 1 must be \(x, labels\) or a dict .*, got one array"),
+        ([(np.ones(4), 0)], r"batch 1: labels must be \[n\], got \[\]"),
+        ([{"image": np.ones((4, D))}], "batch 1 is a dict of image: it needs one key of image/x"),
+    ],
+)
+def test_data_that_is_no_batch_is_named(batches, message):
+    with pytest.raises(ValueError, match=message):
         fit(mlp(1), batches, epochs=1)
     with pytest.raises(ValueError, match="data gave no batch"):
         fit(mlp(1), [], epochs=1)

@@ -337,9 +337,9 @@ def test_a_projector_of_maps_matches_the_teachers_channels():
         projected(net)
 
 
-def test_a_label_beyond_the_classes_is_hinted_at():
-    with pytest.raises(NonFiniteLoss, match=r"at step 1 .*labels not below the number of classes"):
-        fit(mlp(1), (np.ones((16, D)), np.full(16, 99)), epochs=1, batch_size=16)
+def test_a_loss_that_is_not_finite_at_once_is_hinted_at():
+    with pytest.raises(NonFiniteLoss, match=r"at step 1 .*inputs not finite"):
+        fit(mlp(1), (np.full((16, D), np.inf), np.zeros(16, int)), epochs=1, batch_size=16)
 
 
 def test_a_result_is_written_as_a_line():

@@ -1,7 +1,6 @@
 """One result on 1, 2, 4 and 8 devices, for every metric, and what the devices exchange for it."""
 
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from children import environment
 from walk import CORE, batch, single
 
 from kd2m_jax import (
@@ -101,12 +101,9 @@ def test_value_and_gradient_do_not_depend_on_the_number_of_devices(name, wrapper
 @pytest.mark.slow
 def test_eight_devices():
     """The test above again, where there are as many: a process sees the number it started with."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-k", "map-8", __file__]
     command += ["-m", "slow or not slow", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, env=environment(8), capture_output=True, text=True)
     assert f"{2 * len(losses.METRICS)} passed" in done.stdout, done.stdout
     assert "skipped" not in done.stdout
 

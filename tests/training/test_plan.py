@@ -80,7 +80,7 @@ def test_students_of_one_structure_share_the_program_and_the_data_of_evaluation(
     students = [mlp(1), mlp(2), mlp(1), mlp(1, 16)]
     networks = [from_nnx(student) for student in students]
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    made = evaluators(networks, data(1), lambda x, keys: x, mesh)
+    made = evaluators(networks, data(1), lambda x, keys: x, mesh, classes=3)
 
     def cells(function):
         return {
@@ -90,7 +90,7 @@ def test_students_of_one_structure_share_the_program_and_the_data_of_evaluation(
 
     programs = [cells(one)["eval_step"].program for one in made]
     assert programs[0] is programs[1] is programs[2] is not programs[3]
-    assert cells(made[0])["x"] is cells(made[3])["x"]
+    assert cells(made[0])["batches"] is cells(made[3])["batches"]
 
 
 @pytest.mark.slow

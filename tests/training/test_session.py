@@ -170,15 +170,20 @@ def truncate(folder):
         os.truncate(file, file.stat().st_size // 2)
 
 
-def flip_a_bit(folder):
-    """In the middle of the largest file, which holds the arrays."""
-    file = max(files_of(folder), key=lambda path: path.stat().st_size)
+def flip_a_bit(folder, item="tree"):
+    """In the middle of the largest file of the arrays."""
+    file = max(files_of(folder / item), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def flip_a_bit_of_the_record(folder):
+    """Damage the history, or where the run stood."""
+    flip_a_bit(folder, "record")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, flip_a_bit_of_the_record])
 def test_a_damaged_checkpoint_is_passed_over_aloud(damage, whole, tmp_path, caplog):
     with pytest.raises(Killed):
         run(checkpoint_dir=tmp_path, callbacks=[at(14, kill)], save_every=0)

@@ -1,0 +1,66 @@
+"""Steps and fit() under a mesh that the caller has set, with arrays that lie on it."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from kd2m_jax import (
+    fit,
+    from_nnx,
+    init_state,
+    make_train_step,
+    models,
+    pmap_step,
+    shard_map_step,
+)
+
+OPTIONS = {"metric": "w2", "coef": 0.1}
+
+
+def mlp(seed):
+    return models.MLP((8,), 3, in_features=5, rngs=nnx.Rngs(seed))
+
+
+def data():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(32, 5)).astype(np.float32), np.arange(32) % 3
+
+
+def by_fit(batch):
+    options = {"batch_size": 16, "epochs": 1, "optimizer": optax.sgd(0.1), "eval_data": batch}
+    last = fit(mlp(0), batch, teacher=mlp(1), **options, **OPTIONS).history[-1]
+    return last["loss"], last["test_loss"]
+
+
+def by_step(make):
+    def run(batch):
+        network, optimizer = from_nnx(mlp(0)), optax.sgd(0.1)
+        step = make(network, network, optimizer, **OPTIONS)
+        state = init_state(network, optimizer, data()[0], key=jax.random.key(0))
+        teacher = from_nnx(mlp(1)).init(None, None)
+        for _ in range(2):
+            state, metrics = step(state, teacher, batch)
+        return float(metrics["loss"])
+
+    return run
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    "run",
+    [by_fit, by_step(make_train_step), by_step(pmap_step), by_step(shard_map_step)],
+    ids=["fit", "train", "pmap", "shard_map"],
+)
+def test_a_mesh_of_the_callers_changes_nothing(run, split, kind):
+    expected = run(data())
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        batch = data()
+        if split:
+            batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        np.testing.assert_allclose(run(batch), expected, rtol=1e-5)
+        assert jax.sharding.get_abstract_mesh().axis_names == ("data",)  # it is as it was
