@@ -49,4 +49,5 @@ def forget(program: Any) -> None:
         from jax._src.pmap import _cached_shard_map
     except ImportError:  # another jax: then there is nothing to let go, or no way to
         return
-    _cached_shard_map.evict_function(program.__wrapped__)  # pyright: ignore
+    if hasattr(program, "__wrapped__"):
+        _cached_shard_map.evict_function(program.__wrapped__)  # pyright: ignore

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from children import environment
 
+from experiments.runs.folder import read_metrics
 from kd2m_jax import losses
 
 ROOT = Path(__file__).parents[1]
@@ -64,8 +66,12 @@ def test_the_experiment_commands_run(command, tmp_path):
     if module != "experiments.digits" and not DATA.exists():
         pytest.skip(f"no data sets at {DATA}")
     extra = [f"--out={tmp_path / 'run'}"]
-    if module in ("experiments.digits", "experiments.mnist", "experiments.cifar"):
-        extra += [f"--data-dir={DATA}", "--max-steps=1", "--batch-size=8"]
+    trains = module in ("experiments.digits", "experiments.mnist", "experiments.cifar")
+    whole = "--max-steps" in command and trains
+    if trains:
+        extra += [f"--data-dir={DATA}"]
+    if trains and not whole:
+        extra += ["--max-steps=1", "--batch-size=8"]
         if "--teacher" not in command and module == "experiments.cifar":
             # ResNet-34 over 10,000 test images takes minutes on a CPU.
             extra += ["--teacher=resnet20", "--student=resnet8"]
@@ -78,3 +84,7 @@ def test_the_experiment_commands_run(command, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "teacher" in done.stdout
+    for phase in ("teacher", "student", "distilled") if whole else ():
+        lines = [line for line in read_metrics(tmp_path / "run") if line["phase"] == phase]
+        losses = [line["task_loss"] for line in lines]
+        assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.05, (phase, losses)

@@ -33,7 +33,10 @@ def assert_ordered(chain, *, lipschitz, slack=3e-4):
         assert w <= euclidean_w2 * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("bandwidth", [0.3, 1.0, 3.0])
+slow = [pytest.param(bandwidth, marks=pytest.mark.slow) for bandwidth in (0.3, 3.0)]
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, *slow])
 def test_order_over_many_clouds(bandwidth):
     for seed in range(40):
         rng = np.random.default_rng(seed)

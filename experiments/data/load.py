@@ -90,11 +90,23 @@ def _prepared(spec: Spec, data_dir: str | os.PathLike | None, progress: bool):
         return classes, (x, labels), (test_x, test_labels)
 
 
+def decoded(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """Decode a PNG of the declared shape; ValueError, before it is decoded, for any other image."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded), formats=["PNG"]) as image:
+        height, width, channels = shape
+        found = (image.height, image.width, image.mode)
+        declared = (height, width, {1: "L", 3: "RGB"}[channels])
+        if found != declared:
+            raise ValueError(f"an image is {found}, and the data set's are {declared}")
+        return np.asarray(image).reshape(shape)
+
+
 def _decode(builder, split: str, remedy: str, progress: bool) -> tuple[np.ndarray, np.ndarray]:
     """Read one split in the order on disk, and check that no record of any shard is missing."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_data_source import ArrayRecordDataSource
-    from PIL import Image
 
     # Decoding with Pillow below is faster than tfds's own.
     decoders = {"image": tfds.decode.SkipDecoding()}
@@ -118,8 +130,7 @@ def _decode(builder, split: str, remedy: str, progress: bool) -> tuple[np.ndarra
                     for i, example in zip(keys, source.__getitems__(keys), strict=True):
                         if example["label"] not in classes:
                             raise ValueError(f"record {i - start} has label {example['label']}")
-                        with Image.open(io.BytesIO(example["image"])) as image:
-                            images[i] = np.asarray(image).reshape(images.shape[1:])
+                        images[i] = decoded(example["image"], images.shape[1:])
                         labels[i] = example["label"]
                     bar.update(len(keys))
             start = stop

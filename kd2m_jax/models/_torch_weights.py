@@ -1,34 +1,18 @@
-"""Read torch checkpoints without torch, and without running what is pickled in them."""
+"""Weights of torchvision's and timm's ResNets, put into ours."""
 
-import functools
-import io
-import json
 import logging
 import os
-import pickle
-import re
-import zipfile
-from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from kd2m_jax._compat import set_value
+from kd2m_jax.models._torch_files import read_tensors
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": jnp.bfloat16,
-}
 
 
 def load_torch_weights(
@@ -46,10 +30,14 @@ def load_torch_weights(
         not fit, nothing is changed. Without ``replace_head`` it may be abstract, from
         ``nnx.eval_shape``, which saves drawing weights that are replaced at once.
       path: a ``.safetensors`` file; a file of ``torch.save`` (since torch 1.6), with a state
-        dict or a dict that holds one as ``state_dict`` or ``model``; or ``hf:<owner>/<name>``,
-        which downloads ``model.safetensors`` from there with the package ``huggingface_hub``:
-        ``hf:timm/resnet34.tv_in1k`` are torchvision's weights. What is pickled in a file is
-        never run: anything but tensors in plain containers is refused.
+        dict or a dict that holds one under a usual name (``state_dict``, ``model``,
+        ``model_state_dict``, ``net``), where an average of the weights beside it
+        (``state_dict_ema``, ``model_ema``) is taken in its place and that is logged; or
+        ``hf:<owner>/<name>``, which downloads ``model.safetensors`` from there with the package
+        ``huggingface_hub``: ``hf:timm/resnet34.tv_in1k`` are torchvision's weights. A prefix
+        before the network's names (``module.``, ``_orig_mod.``, ``backbone.``) is left out, and
+        so are entries without it. What is pickled in a file is never run: anything but tensors
+        in plain containers is refused.
       replace_head: keep the model's fresh classifier ``fc`` where the file has none, or one for
         another number of classes.
 
@@ -72,14 +60,14 @@ def load_torch_weights(
       FileNotFoundError: [Errno 2] No such file or directory: 'no-such-file.safetensors'
     """
     file = local_file(path)
-    arrays = {
-        name: array.transpose((2, 3, 1, 0)) if array.ndim == 4 else array.T
-        for name, array in _read(file).items()
-    }
     variables = {
         _torch_name(route): variable
         for route, variable in nnx.iter_graph(model)
         if isinstance(variable, nnx.Param | nnx.BatchStat)
+    }
+    arrays = {
+        name: array.transpose((2, 3, 1, 0)) if array.ndim == 4 else array.T
+        for name, array in _without_prefix(read_tensors(file), variables.keys(), path).items()
     }
     heads = [getattr(named.get("fc.weight"), "shape", None) for named in (arrays, variables)]
     replaced = replace_head and heads[0] != heads[1]
@@ -96,6 +84,32 @@ def load_torch_weights(
     if replaced:
         logging.getLogger(__name__).info("%s: head replaced, fc keeps its fresh weights", path)
     return model
+
+
+def _without_prefix(named: dict[str, Any], wanted: Collection[str], path) -> dict[str, Any]:
+    """Return what lies under the prefix with which the file has most of the model's names.
+
+    Wrappers put one before them, and parts of a larger model (a projection head, say) have none or
+    another. ValueError where two prefixes have as many: the weights of two networks.
+    """
+    prefixes = {""}
+    for name in named:
+        parts = name.split(".")[:-1]
+        prefixes |= {".".join(parts[: i + 1]) + "." for i in range(min(len(parts), 4))}
+
+    def under(prefix: str) -> dict[str, Any]:
+        return {n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)}
+
+    found = {prefix: len(under(prefix).keys() & wanted) for prefix in sorted(prefixes)}
+    most = max(found.values())
+    best = [prefix for prefix, count in found.items() if count == most]
+    if found[""] == most or 2 * most < len(wanted):
+        return named
+    if len(best) > 1:
+        raise ValueError(
+            f"{path} holds several networks, with the prefixes {', '.join(best)}: save one of them"
+        )
+    return under(best[0])
 
 
 def _torch_name(route: tuple) -> str:
@@ -126,142 +140,6 @@ def _misfits(file: dict[str, tuple], model: dict[str, tuple]) -> list[str]:
     if "fc.weight" in misshapen:
         problems.append("for other classes, replace_head=True keeps the model's own head")
     return problems
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """Read a checkpoint's tensors by name, in torch's layout, without the batch counters."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    try:
-        if start.startswith(b"PK"):
-            return _read_zip(path)
-        if start.endswith(b"{"):
-            return _read_safetensors(path.read_bytes())
-    except Exception as error:  # a damaged or hostile file may fail anywhere in these formats
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    raise ValueError(
-        f"{path} is neither a .safetensors file nor one that torch.save has written since torch "
-        "1.6. An older one can be written anew where torch is installed: "
-        "torch.save(torch.load(path, map_location='cpu'), new_path)"
-    )
-
-
-def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
-    """Read a file of the header's length in 8 bytes, a JSON header, then the values."""
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:begin])
-    header.pop("__metadata__", None)
-    arrays = {}
-    for name, entry in _weights(header).items():
-        first, last = entry["data_offsets"]
-        values = np.frombuffer(data[begin + first : begin + last], _dtype(entry["dtype"]))
-        arrays[name] = values.reshape(entry["shape"])
-    return arrays
-
-
-def _read_zip(path: Path) -> dict[str, np.ndarray]:
-    """Read a zipped folder with ``data.pkl``, whose tensors point to storages ``data/<key>``."""
-    with zipfile.ZipFile(path) as archive:
-        (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        folder = index.removesuffix("data.pkl")
-        order = f"{folder}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
-            raise ValueError("it was written on a big-endian machine")
-        state = _Unpickler(io.BytesIO(archive.read(index))).load()
-        for key in ("state_dict", "model"):
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
-
-        @functools.cache  # tensors may share a storage
-        def storage(kind: str, key: str, size: int) -> np.ndarray:
-            return np.frombuffer(archive.read(f"{folder}data/{key}"), _dtype(kind), size)
-
-        arrays = {}
-        for name, tensor in _weights(state).items():
-            if not isinstance(tensor, _Tensor):
-                raise ValueError(f"its entry {name!r} is a {type(tensor).__name__}, not a tensor")
-            _, kind, key, _, size = tensor.storage
-            arrays[name] = _strided(storage(kind, key, size), tensor)
-    return arrays
-
-
-def _weights(state: dict[str, Any]) -> dict[str, Any]:
-    """Drop the data-parallel prefix of names, and the batch counters, which nothing reads."""
-    return {
-        name.removeprefix("module."): entry
-        for name, entry in state.items()
-        if not name.endswith("num_batches_tracked")
-    }
-
-
-def _dtype(name: str) -> np.dtype:
-    if name not in _DTYPES:
-        raise ValueError(
-            f"values of type {name} are not read, only floating point of 16 to 64 bits"
-        )
-    return np.dtype(_DTYPES[name])
-
-
-def _strided(values: np.ndarray, tensor: "_Tensor") -> np.ndarray:
-    """View a tensor's values in its storage.
-
-    The sizes come from the file, and NumPy does not check that they stay within the storage.
-    """
-    _, offset, shape, strides = tensor
-    reach = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if min(offset, *shape, *strides, 0) < 0 or 0 in shape or reach >= len(values):
-        raise ValueError(f"a tensor of shape {shape} reaches beyond its {len(values)} values")
-    steps = [step * values.itemsize for step in strides]
-    return np.lib.stride_tricks.as_strided(values[offset:], shape, steps, writeable=False)
-
-
-class _Tensor(NamedTuple):
-    """Hold the description in a pickled tensor; the values are looked up later."""
-
-    storage: tuple
-    offset: int
-    shape: tuple
-    strides: tuple
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *_):
-    return _Tensor(storage, offset, shape, strides)
-
-
-def _rebuild_parameter(tensor, *_):
-    return tensor
-
-
-_GLOBALS = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Read tensors in plain containers, and nothing else.
-
-    A pickle can only name a function here that stores its arguments, an ordered dict, or a string
-    in place of a type of torch. No name is imported, and nothing in the file runs.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Look a name up among the allowed ones, and refuse any other."""
-        if module == "torch" and re.fullmatch(r"\w+Storage|b?float\d+|u?int\d+|bool", name):
-            return name
-        if (module, name) not in _GLOBALS:
-            raise pickle.UnpicklingError(
-                f"it holds {module}.{name}; only tensors in plain containers are read, because "
-                "unpickling anything else could run code. Save the state dict alone"
-            )
-        return _GLOBALS[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Keep a storage's description, ("storage", type, key, device, size)."""
-        return pid
 
 
 def local_file(path: str | os.PathLike) -> Path:

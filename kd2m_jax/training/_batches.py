@@ -42,6 +42,7 @@ class Batches:
         self._iterable = None
         self.classes: int | None = None
         if _are_arrays(data):
+            check_memory("data", data, jax.local_devices()[0])
             x, labels = examples("data", data)
             if batch_size > len(labels):
                 raise ValueError(f"batch_size {batch_size} is larger than the data ({len(labels)})")
@@ -50,7 +51,6 @@ class Batches:
                 raise ValueError(
                     f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
                 )
-            check_memory("data", x, jax.local_devices()[0])
             self._arrays = place(jax.tree.map(jnp.asarray, (x, labels)))
             # What decides the order of the batches, beside the seed.
             self.settings = {

@@ -42,7 +42,7 @@ def in_process(monkeypatch, *flags):
     cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description="")
 
 
-def test_the_readme_command_leaves_its_folder(tmp_path):
+def test_the_readme_command_leaves_its_folder(monkeypatch, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     # The programs in a user's own cache, matplotlib's fonts where they are.
@@ -76,7 +76,7 @@ def test_the_readme_command_leaves_its_folder(tmp_path):
     assert len(list((tmp_path / "teachers").iterdir())) == 1
 
     # Once more: the teacher is taken from the cache, the old files are kept aside.
-    again = digits_run(tmp_path / "run", "--metric=none", "--max-steps=12")
+    again = digits_run(run, "--metric=none", "--max-steps=12")
     assert again.returncode == 0, again.stderr
     assert read_metrics(run / "previous-1") == lines
     assert len(list((tmp_path / "teachers").iterdir())) == 1
@@ -84,9 +84,10 @@ def test_the_readme_command_leaves_its_folder(tmp_path):
     assert read_metrics(run) == untouched
 
     # And resumed with settings that are not its own.
-    other = digits_run(tmp_path / "run", "--metric=w2", "--max-steps=12", "--resume")
-    assert other.returncode == 2
-    assert "other settings (metric none -> w2)" in other.stderr
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={run}", "--metric=w2", "--max-steps=12", "--resume")
+    assert stop.value.code == 2
+    assert "other settings (metric none -> w2)" in capsys.readouterr().err
 
 
 def start(out, *flags):

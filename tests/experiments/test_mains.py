@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from archives import fake_archives, register
-from children import environment
 from torch_files import torch_state, write_safetensors
 
 from experiments import cifar, mnist, svhn
@@ -109,20 +108,3 @@ def test_torch_weights_from_the_command_line(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cifar_run(monkeypatch, tmp_path, "third", *pretrained, "--stem=cifar")
     assert stop.value.code == 2 and "--stem=imagenet" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason=f"no data sets at {DATA}")
-def test_losses_fall_on_the_real_cifar10(tmp_path):
-    """As a process of its own: the tests' unoptimised machine code would take five minutes."""
-    small = ["--teacher=resnet20", "--student=resnet8", "--max-steps=30", "--metric=jw2"]
-    folders = [f"--data-dir={DATA}", f"--out={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "experiments.cifar", *small, *folders]
-    env = environment(optimised=True)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = read_metrics(tmp_path / "run")
-    for phase in ("teacher", "student", "distilled"):
-        losses = [line["task_loss"] for line in lines if line["phase"] == phase]
-        assert np.isfinite(losses).all()
-        assert losses[-1] < losses[0] - 0.05

@@ -12,6 +12,8 @@ from kd2m_jax.losses._assignment import assign
 
 slow = pytest.mark.slow
 solve = jax.jit(assign)
+# For large clouds, which unoptimised code takes ten times as long for.
+solve_fast = jax.jit(assign, compiler_options={"xla_backend_optimization_level": 3})
 EPS = np.finfo(np.float32).eps
 
 
@@ -25,17 +27,18 @@ def check_permutation(found, n):
     return columns
 
 
-def check_optimal(cost, found, eps=EPS):
+def check_optimal(cost, found, eps=EPS, *, by_scipy=True):
     """No cheaper pairing, by SciPy; and by weak duality, without another solver."""
     cost, n = np.asarray(cost, np.float64), len(cost)
     columns = check_permutation(found, n)
     allowed = np.isfinite(cost)
     total = cost[np.arange(n), columns].sum()
     size = np.abs(cost[allowed]).max(initial=0)
-    # SciPy takes infinite entries, but is slow to see that they are many.
-    penalised = np.where(allowed, cost, 1e3 * n * size + 1)
-    rows, best = scipy.optimize.linear_sum_assignment(penalised)
-    assert total <= penalised[rows, best].sum() + 8 * eps * n * size
+    if by_scipy:
+        # It takes infinite entries, but is slow to see that they are many.
+        penalised = np.where(allowed, cost, 1e3 * n * size + 1)
+        rows, best = scipy.optimize.linear_sum_assignment(penalised)
+        assert total <= penalised[rows, best].sum() + 8 * eps * n * size
     prices = np.asarray(found.prices, np.float64)
     cheapest = (np.where(allowed, cost, np.inf) - prices).min(axis=1)
     gap = total - cheapest.sum() - prices.sum()
@@ -88,8 +91,9 @@ def test_no_cloud_is_a_trap(kind):
 def test_no_large_cloud_is_a_trap(kind, n):
     for seed in range(3):
         cost = product(*traps.clouds(kind, n, seed=seed))
-        found = solve(cost)
-        check_optimal(cost, found)
+        found = solve_fast(cost)
+        # Some of these are traps for SciPy: 5 seconds each at 2,048. Duality is proof enough.
+        check_optimal(cost, found, by_scipy=n < 1024)
         assert found.searches <= 80
 
 

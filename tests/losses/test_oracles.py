@@ -12,7 +12,8 @@ from reference import oracles
 from kd2m_jax import losses
 
 # n < d, n > d, square; 2 classes to as many as there are samples (all singletons).
-SHAPES = [(40, 96, 2), (96, 12, 7), (48, 48, 48), (120, 32, 100)]
+SHAPES = [(40, 96, 2), (96, 12, 7)]
+SHAPES += [pytest.param(*shape, marks=pytest.mark.slow) for shape in ((48, 48, 48), (120, 32, 100))]
 shapes = pytest.mark.parametrize(("n", "d", "classes"), SHAPES)
 kinds = pytest.mark.parametrize("kind", KINDS)
 

@@ -149,4 +149,4 @@ def test_laws_on_many_drawings(name):
     """Other drawings each time; a failure prints the line that repeats it."""
     dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
     programs = [(dtype, options) for options in options_of(name) for dtype in dtypes]
-    run(name, programs, 200)
+    run(name, programs, 100)

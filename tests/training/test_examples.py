@@ -142,7 +142,7 @@ def test_a_class_too_small_for_per_class_is_named():
 
 def test_data_beyond_the_memory_is_refused_before_it_is_copied():
     huge = np.broadcast_to(np.zeros((1, 64, 64, 3), np.float32), (10**9, 64, 64, 3))
-    with pytest.raises(ValueError, match=r"data takes 45,776\.4 GiB, and .*: give an iterable"):
+    with pytest.raises(ValueError, match=r"data takes 45,780\.1 GiB, and .*: give an iterable"):
         run(mlp(), (huge, np.broadcast_to(np.zeros(1, np.int32), 10**9)))
 
 

@@ -188,6 +188,7 @@ def maps():
         return len(file.readlines())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc/self/maps")
 @pytest.mark.parametrize("shared", [True, False])
 def test_programs_that_are_not_kept_give_their_memory_back(shared, monkeypatch):

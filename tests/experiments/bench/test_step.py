@@ -23,6 +23,7 @@ def test_a_step_is_compared_with_one_that_runs_the_teacher_too():
     assert large - small > 0.9 * 2 * 8 * (512 - 8) * (16 + 4)
 
 
+@pytest.mark.slow
 def test_a_steps_metrics_are_those_the_networks_suit(tmp_path):
     run = step.step(tmp_path, (("mlp-8-4", "mlp-6-4", (4, 4, 1)),), batch=8, repeats=1)
     (rows, notes), names = run, set(losses.METRICS)

@@ -1,6 +1,7 @@
 """Reading data sets: what is read, and what a damaged file says."""
 
 import functools
+import io
 import os
 import pathlib
 import re
@@ -12,9 +13,10 @@ import pytest
 import tensorflow_datasets as tfds
 from archives import COUNTS, SOURCES, fake_archives, register, shape
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from PIL import Image
 
 from experiments.common.errors import DataError
-from experiments.data.load import load
+from experiments.data.load import decoded, load
 
 
 def configure(monkeypatch, **options):
@@ -212,3 +214,28 @@ def test_real_data(name, count, last_class):
     for moment in ("mean", "std"):
         measured = getattr(dataset.train[0], moment)((0, 1, 2), dtype=np.float64)
         np.testing.assert_allclose(getattr(dataset, moment), measured, atol=1e-3)
+
+
+def encoded(size, mode, kind):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "kind", "message"),
+    [
+        ((32, 32), "RGB", "BMP", "cannot identify"),
+        ((31, 32), "RGB", "PNG", r"\(32, 31, 'RGB'\), and the data set's are \(32, 32, 'RGB'\)"),
+        ((1024, 3), "L", "PNG", r"\(3, 1024, 'L'\)"),  # as many bytes
+        ((32, 32), "L", "PNG", r"\(32, 32, 'L'\)"),
+        ((32, 32), "RGBA", "PNG", r"\(32, 32, 'RGBA'\)"),
+        ((12_000, 12_000), "1", "PNG", r"\(12000, 12000, '1'\)"),  # 20 KB that would take 144 MB
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_is_what_the_data_set_declares(size, mode, kind, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        decoded(encoded(size, mode, kind), (32, 32, 3))
+    assert decoded(encoded((32, 32), "RGB", "PNG"), (32, 32, 3)).shape == (32, 32, 3)
+    assert decoded(encoded((28, 28), "L", "PNG"), (28, 28, 1)).shape == (28, 28, 1)
