@@ -4,7 +4,8 @@
 class CheckpointError(ValueError):
     """A checkpoint folder that is another process's or another run's, or cannot be written.
 
-    `fit` raises it before the first step; nothing in the folder is changed.
+    `fit` raises it before the first step, and then nothing in the folder is changed; or when a save
+    fails (a full disk, say), and then the save before is still there.
 
     Example:
       >>> from kd2m_jax import CheckpointError

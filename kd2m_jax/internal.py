@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
     from kd2m_jax.losses._metrics import spelled as spelled
+    from kd2m_jax.losses._metrics import terms as terms
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
     from kd2m_jax.losses._polar import by_products as by_products
     from kd2m_jax.losses._polar import by_svd as by_svd
@@ -61,6 +62,7 @@ _HOMES = {
     "by_svd": "losses._polar",
     "tolerance": "losses._polar",
     "spelled": "losses._metrics",
+    "terms": "losses._metrics",
     "KERNELS": "losses._mmd",
     "as_network": "adapters",
     "auto_ratio": "training._auto_coef",

@@ -1,7 +1,6 @@
 """The theorem's chain over a run's training, which is repeated epoch by epoch and measured."""
 
 import itertools
-import json
 import math
 import pathlib
 import tempfile
@@ -12,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.analysis.finished import Finished, check_same_size, outputs
-from experiments.common import figures, tables
+from experiments.common import figures, files, tables
 from experiments.runs import report
 from experiments.runs.build import Matching
 from kd2m_jax import Outputs, fit, theory
@@ -38,7 +37,7 @@ def write(run: Finished, points: int, examples: int) -> str:
         for phase in ("student", "distilled")
     }
     content = {"examples": len(labels), "bandwidth": sigma, "points": measured}
-    (folder / "bound.json").write_text(json.dumps(content, indent=2) + "\n")
+    files.write_json(folder / "bound.json", content)
     _figure(folder / "bound.png", measured, sigma)
     broken = [f"{k} at epoch {p['epoch']:g}" for k, ps in measured.items() for p in ps
               if not in_order(p)]  # fmt: skip

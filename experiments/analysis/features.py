@@ -1,12 +1,11 @@
 """Teacher and student features in the plane, and their distances in numbers."""
 
-import json
 import pathlib
 
 import numpy as np
 
 from experiments.analysis.finished import Finished, check_same_size, outputs
-from experiments.common import figures, tables
+from experiments.common import figures, files, tables
 from experiments.runs import report
 from kd2m_jax import Outputs, losses
 
@@ -25,7 +24,7 @@ def write(run: Finished, examples: int, seed: int) -> str:
     numbers = {name: _numbers(out[name], out["teacher"], labels) for name in out}
     planes = {"PCA": _pca(features), "t-SNE": _tsne(features, seed)}
     content = {"examples": len(labels), "seed": seed, "networks": numbers}
-    (folder / "features.json").write_text(json.dumps(content, indent=2) + "\n")
+    files.write_json(folder / "features.json", content)
     _figure(folder / "features.png", planes, labels, dataset.classes)
     rows = [
         (report.TITLES[k], *(f"{v:.3g}" if i < 4 else f"{v:.2f}" for i, v in enumerate(n.values())))

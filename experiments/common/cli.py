@@ -1,7 +1,8 @@
 """The command line that every main shares: flags with defaults, and one line for a mistake."""
 
+import collections
+import itertools
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
@@ -33,9 +34,12 @@ def main(
     defaults: FlagsT, run: Callable[[FlagsT], object], *, module: str, description: str | None
 ) -> None:
     """Read the command line over these defaults and run; a mistake is one line and status 2."""
+    arguments = [_expanded(argument) for argument in sys.argv[1:]]
+    _refuse_repeated(arguments)
+    _refuse_addresses(arguments)
     settings = tyro.cli(
         type(defaults),
-        args=[_expanded(argument) for argument in sys.argv[1:]],
+        args=arguments,
         default=defaults,
         prog=f"python -m {module}",
         description=_summary(description or ""),
@@ -63,6 +67,33 @@ def main(
     except KeyboardInterrupt:
         _fail(f"stopped; {settings.after_stop}")
         sys.exit(130)
+    except BrokenPipeError:  # the reader, say head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror}{where}; once that is mended {settings.after_stop}")
+        sys.exit(1)
+
+
+def _refuse_repeated(arguments: list[str]) -> None:
+    """End with one line where a flag is given twice: the last one would win without a word."""
+    flags = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
+    for flag, count in collections.Counter(flags).items():
+        if count > 1:
+            _fail(f"{flag} is given {count} times")
+            sys.exit(2)
+
+
+def _refuse_addresses(arguments: list[str]) -> None:
+    """End with one line where a folder is a bucket's address: locks and renames need a disk."""
+    given = [a.partition("=")[::2] for a in arguments] + list(itertools.pairwise(arguments))
+    for flag, value in given:
+        if flag in ("--out", "--data-dir") and "://" in value:
+            _fail(f"{flag} {value} is no local folder: name one, or mount the bucket")
+            sys.exit(2)
 
 
 def _summary(doc: str) -> str:
@@ -80,8 +111,10 @@ def _expanded(argument: str) -> str:
 def prepare_jax() -> None:
     """Tell JAX, before it is imported, how to compile, and to keep programs in the user's cache."""
     set_compiler_flags()
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "kd2m_jax"))
+    # Where there is no home a literal ~ is left: then no programs are kept.
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    if not cache.startswith("~"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "kd2m_jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 

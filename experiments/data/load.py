@@ -90,7 +90,7 @@ def _prepared(spec: Spec, data_dir: str | os.PathLike | None, progress: bool):
         return classes, (x, labels), (test_x, test_labels)
 
 
-def decoded(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+def decoded(encoded: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """Decode a PNG of the declared shape; ValueError, before it is decoded, for any other image."""
     from PIL import Image
 

@@ -7,9 +7,10 @@ import json
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 
-from experiments.common import machine
+from experiments.common import files, machine
 from experiments.common.errors import UsageError
 from experiments.runs.configuration import RunConfig
 from experiments.runs.events import event_writer
@@ -69,21 +70,30 @@ class RunFolder:
     def diverged(self) -> int | None:
         """Return the step at which its training diverged, if it did."""
         file = self.path / "diverged.json"
-        return json.loads(file.read_text())["step"] if file.exists() else None
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            return int(files.read_object(file)["step"])
+        return None  # damaged: it is tried again
 
     @property
     def config(self) -> RunConfig:
         """Read config.json; UsageError where it is not the configuration of a run."""
         file = self.path / "config.json"
         try:
-            return RunConfig.from_json(json.loads(file.read_text()))
-        except ValueError as error:
+            return RunConfig.from_json(files.read_object(file))
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{file} cannot be used: {error}") from error
 
     @property
     def environment(self) -> dict:
-        """Read env.json."""
-        return json.loads((self.path / "env.json").read_text())
+        """Read env.json, which is only a note: a damaged one counts as none."""
+        file = self.path / "env.json"
+        try:
+            return files.read_object(file)
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            files.tell(f"{file} cannot be read ({error}): written anew")
+            return {}
 
     @property
     def records(self) -> list[dict]:
@@ -94,7 +104,10 @@ class RunFolder:
     def trained_on(self) -> datetime.date:
         """Return the day of its last checkpoint, which survives a copy of the folder."""
         saved = (self.path / "checkpoints").glob("*/last/*/_CHECKPOINT_METADATA")
-        times = [json.loads(file.read_text())["commit_timestamp_nsecs"] / 1e9 for file in saved]
+        times = []
+        for file in saved:
+            with contextlib.suppress(ValueError, KeyError):
+                times.append(files.read_object(file)["commit_timestamp_nsecs"] / 1e9)
         times = times or [(self.path / "config.json").stat().st_mtime]
         return datetime.date.fromtimestamp(max(times))
 
@@ -117,10 +130,21 @@ class RunFolder:
                 self._check_same(config)
             else:
                 self._set_aside()
-            _write_json(file, config.to_json())
+            files.write_json(file, config.to_json())
             yield self
 
     def _check_same(self, config: RunConfig) -> None:
+        file = self.path / "config.json"
+        try:
+            files.read_object(file)
+        except ValueError as error:
+            aside = file.with_name(f"config.json.unreadable-{time.time_ns()}")
+            file.rename(aside)
+            files.tell(
+                f"{file} cannot be read ({error}) and is now {aside.name}: whether the settings "
+                "are the run's is told by the checkpoints alone"
+            )
+            return
         old = self.config
         if old.train_examples is None:
             old = dataclasses.replace(old, train_examples=config.train_examples)
@@ -150,9 +174,8 @@ class RunFolder:
         """Write versions and machine, which may explain a difference between two runs."""
         flags = sorted(internal.compiler_flags_in_force())
         env = {**machine.host(), "packages": machine.versions(PACKAGES), "xla_flags": flags, **more}
-        if (self.path / "env.json").exists():
-            before = self.environment
-            speed, earlier = before.pop("images_per_second"), before.pop("earlier", [])
+        if before := self.environment:
+            speed, earlier = before.pop("images_per_second", {}), before.pop("earlier", [])
             # A run from before flags were written down had those of the environment alone.
             if before.setdefault("xla_flags", []) != flags:
                 then, now = (" ".join(f) or "none" for f in (before["xla_flags"], flags))
@@ -165,19 +188,19 @@ class RunFolder:
                 earlier = [*earlier, changed]
             if earlier:
                 env |= {"earlier": earlier}
-        _write_json(self.path / "env.json", {"images_per_second": {}, **env})
+        files.write_json(self.path / "env.json", {"images_per_second": {}, **env})
 
     def write_speed(self, phase: str, images_per_second: float) -> None:
         """Write how fast a phase trained, evaluations included, compilation not."""
         env = self.environment
-        env["images_per_second"][phase] = round(images_per_second)
-        _write_json(self.path / "env.json", env)
+        env.setdefault("images_per_second", {})[phase] = round(images_per_second)
+        files.write_json(self.path / "env.json", env)
 
     def write_diverged(self, message: str) -> None:
         """Write at which step the training diverged, so that it is not tried again."""
         step = re.search(r"step (\d+)", message)
         record = {"step": int(step[1]) if step else 0, "message": message}
-        (self.path / "diverged.json").write_text(json.dumps(record) + "\n")
+        files.write(self.path / "diverged.json", json.dumps(record) + "\n")
 
     @contextlib.contextmanager
     def writer(self, phase: str) -> Iterator[Callable[[dict], None]]:
@@ -187,10 +210,7 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         kept = [line for line in self.records if line["phase"] != phase]
-        # A new file, then a rename: killed in between, the old one is still whole.
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        scratch.replace(file)
+        files.write(file, "".join(json.dumps(line) + "\n" for line in kept))
         events = self.path / "tensorboard" / phase
         shutil.rmtree(events, ignore_errors=True)
 
@@ -206,18 +226,5 @@ class RunFolder:
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict]:
-    """Read a run folder's metrics.jsonl, without a last line that a kill cut off."""
-    file = pathlib.Path(path) / "metrics.jsonl"
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def _write_json(path: pathlib.Path, content: dict) -> None:
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
-    scratch.replace(path)
+    """Read a run folder's metrics.jsonl, as far as it can be read."""
+    return files.read_lines(pathlib.Path(path) / "metrics.jsonl", needed="phase")

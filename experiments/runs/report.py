@@ -2,7 +2,7 @@
 
 import pathlib
 
-from experiments.common import tables
+from experiments.common import files, tables
 from experiments.common.figures import PHASES, finish, plt
 from experiments.runs.folder import RunFolder
 
@@ -63,7 +63,7 @@ def write(folder: RunFolder) -> None:
         *(f"| {name} | {value} |" for name, value in _environment(folder.environment)),
         "",
     ]
-    folder.report.write_text("\n".join(out))
+    files.write(folder.report, "\n".join(out))
 
 
 def _environment(env: dict):

@@ -138,11 +138,11 @@ def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
 def check(settings: Settings) -> None:
     """Raise UsageError for what is wrong with the flags, before anything is loaded or made."""
     from experiments.runs.protocols import PROTOCOLS
-    from kd2m_jax.internal import did_you_mean
+    from kd2m_jax.internal import did_you_mean, terms
 
     d, t, r = settings.distillation, settings.training, settings.run
-    if t.seed < 0:
-        raise UsageError(f"--seed must be at least 0, got {t.seed}")
+    if not 0 <= t.seed < 2**32:
+        raise UsageError(f"--seed must be at least 0 and below 2^32, got {t.seed}")
     for flag, values in (("--coef", coefficients(d)), ("--task-coef", (d.task_coef,))):
         for value in values:
             if not isinstance(value, str) and not (math.isfinite(value) and value >= 0):
@@ -151,9 +151,9 @@ def check(settings: Settings) -> None:
         raise UsageError("--coef=auto follows the cross-entropy, and --task-coef is 0")
     if d.coef == "published" and d.task_coef != 1:
         raise UsageError("--coef=published brings its own weight of the labels: no --task-coef")
-    terms = d.metric.count("+") + 1
-    if len(coefficients(d)) != terms and not isinstance(coefficients(d)[0], str):
-        raise UsageError(f"--coef needs {terms} numbers for --metric={d.metric}, got {d.coef}")
+    count = len(terms(d.metric))
+    if len(coefficients(d)) != count and not isinstance(coefficients(d)[0], str):
+        raise UsageError(f"--coef needs {count} numbers for --metric={d.metric}, got {d.coef}")
     if t.protocol not in PROTOCOLS:
         raise UsageError(f"unknown protocol {t.protocol!r}: {did_you_mean(t.protocol, PROTOCOLS)}")
     for flag, value in (

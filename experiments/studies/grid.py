@@ -92,6 +92,8 @@ def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = No
     Its folder has lambda in its name unless it is the main's, so that runs with different lambdas
     lie side by side.
     """
+    from kd2m_jax.internal import terms  # loads JAX
+
     if dataset not in DEFAULTS:
         raise UsageError(f"unknown data set {dataset!r}: one of {', '.join(DEFAULTS)}")
     main = DEFAULTS[dataset]
@@ -105,7 +107,7 @@ def cell(grid: Grid, dataset: str, metric: str, seed: int, coef: str | None = No
         metric, label, distillation = name, name, Distillation(metric=name, coef="0")
     else:
         if "," not in weights and not weights[:1].isalpha():  # one number for all terms of a sum
-            weights = ",".join([weights] * (name.count("+") + 1))
+            weights = ",".join([weights] * len(terms(name)))
         label = name if weights == default else f"{name}={weights}"
         labels = main.distillation.task_coef if grid.task_coef is None else grid.task_coef
         distillation = Distillation(name, weights, labels)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.common import files
 from experiments.common.errors import UsageError
 from experiments.data.specs import Dataset
 from experiments.runs import restore
@@ -46,7 +47,11 @@ def _groups(cells: list[Cell]) -> Iterator[tuple[pathlib.Path, list[Cell]]]:
         and cell.settings.distillation.coef != "published"
     }
     for file in sorted(seed.glob("together-*/labels.json")):
-        labels = json.loads(file.read_text())
+        try:
+            labels = json.loads(file.read_bytes().decode())
+        except ValueError as error:  # the group is made anew; this one is left as it is
+            files.tell(f"{file} cannot be read ({error})")
+            continue
         if all(label in by_label for label in labels):
             yield file.parent, [by_label[label] for label in labels]
             waiting = {k: c for k, c in waiting.items() if k not in labels}
@@ -57,7 +62,7 @@ def _groups(cells: list[Cell]) -> Iterator[tuple[pathlib.Path, list[Cell]]]:
             text = json.dumps(some)
             folder = seed / f"together-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "labels.json").write_text(text)
+            files.write(folder / "labels.json", text)
             yield folder, [waiting[label] for label in some]
 
 

@@ -1,6 +1,5 @@
 """A table's numbers, from its cells, and the four files that it writes. No JAX."""
 
-import json
 import pathlib
 import shlex
 import sys
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from experiments.common import figures, tables
+from experiments.common import figures, files, tables
 from experiments.runs.folder import ALONE
 from experiments.studies import intervals, provenance, text
 from experiments.studies.grid import Cell, scores
@@ -41,9 +40,9 @@ def write(out: str | pathlib.Path, cells: list[Cell], sizes: dict[str, dict[str,
         "datasets": datasets,
         "average": _average(list(datasets.values())) if len(datasets) > 1 else None,
     }
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
-    (out / "table.md").write_text("\n".join(text.markdown(table)) + "\n")
-    (out / "table.tex").write_text("\n".join(latex(table)) + "\n")
+    files.write_json(out / "table.json", table)
+    files.write(out / "table.md", "\n".join(text.markdown(table)) + "\n")
+    files.write(out / "table.tex", "\n".join(latex(table)) + "\n")
     _figure(out / "table.png", text.sections(table))
     return "\n\n".join(
         f"{text.title(name, found)}\n{tables.aligned(text.rows(found))}\n{text.sentence(found)}"

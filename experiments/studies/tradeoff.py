@@ -1,6 +1,5 @@
 """A trade-off's numbers, from runs with several lambdas, and its three files. No JAX."""
 
-import json
 import math
 import pathlib
 import shlex
@@ -10,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments.common import figures, tables
+from experiments.common import figures, files, tables
 from experiments.runs.folder import ALONE
 from experiments.studies import intervals, provenance
 from experiments.studies.grid import Cell, scores
@@ -37,7 +36,7 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
         f"95% t-intervals; p is adjusted for {len(rows) - 1} comparisons (Holm). To pick the best "
         "λ from this table is to pick it on the test set."
     )
-    (out / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    files.write_json(out / f"{name}.json", numbers)
     lines = [f"# {title}", "", "```bash", numbers["command"], "```", "", *tables.markdown(rows), ""]
     lines += [
         note,
@@ -47,7 +46,7 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
         f"![Accuracy and both losses against lambda]({name}.png)",
         "",
     ]
-    (out / f"{name}.md").write_text("\n".join(lines))
+    files.write(out / f"{name}.md", "\n".join(lines))
     _figure(out / f"{name}.png", numbers)
     return f"{title}\n{tables.aligned(rows)}\n\n{note}"
 

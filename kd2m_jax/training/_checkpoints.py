@@ -52,9 +52,22 @@ class Checkpoints:
         self._best_step: int | None = None
 
     def save(self, step: int, tree: Any, record: dict, *, best: Any = None) -> None:
-        """Save a pytree and a JSON-able record as those of a step; and what is best, if new."""
+        """Save a pytree and a JSON-able record as those of a step; and what is best, if new.
+
+        CheckpointError where that cannot be done: a full disk, a folder that is gone.
+        """
         if not is_first():
             return
+        try:
+            self._save(step, tree, record, best)
+        except Exception as error:  # orbax and its storage raise errors of many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"the run cannot be saved in {self._last.directory.parent}: "
+                f"{reason or type(error).__name__}"
+            ) from error
+
+    def _save(self, step: int, tree: Any, record: dict, best: Any) -> None:
         for manager, unreadable in self._unreadable:
             path = manager.directory / str(unreadable)
             path.rename(f"{path}.unreadable-{time.time_ns()}")  # not a name of orbax's

@@ -229,13 +229,21 @@ def test_pretrained_weights_are_where_both_networks_begin(save, monkeypatch, tmp
             "--per-class: per_class 256 would never draw these classes",
         ),
         (["--seed=-1"], "--seed must be at least 0"),
+        (["--seed=18446744073709551616"], "--seed must be at least 0 and below 2^32"),
+        (["--metric=jw2:beta=1:beta=2"], "metric 'jw2' is given beta twice"),
+        (["--metric=jw2:beta=" + 400 * "9"], "beta must be a number that float32 holds"),
+        (["--metric=mmd-rbf:bandwidth=1e200"], "bandwidth must be"),
+        (["--metric=jw2:beta=" + 5000 * "-" + "1"], "beta must be >= 0, got -----"),
+        (["--metric=kd+cw2", "--metric=w2"], "--metric is given 2 times"),
+        (["--data-dir=gs://bucket/data"], "--data-dir gs://bucket/data is no local folder"),
         (["--max-steps=0"], "--max-steps must be at least 1"),
         (["--pretrained-student=no.pth"], "--pretrained-student"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(flags, message, monkeypatch, capsys, tmp_path):
+    limit = [] if "--max-steps=0" in flags else ["--max-steps=1"]
     with pytest.raises(SystemExit) as stop:
-        in_process(monkeypatch, f"--out={tmp_path / 'run'}", "--max-steps=1", *flags)
+        in_process(monkeypatch, f"--out={tmp_path / 'run'}", *limit, *flags)
     captured = capsys.readouterr()
     assert stop.value.code == 2
     error = captured.err.strip().splitlines()

@@ -1,7 +1,10 @@
 """The run folder: its lock, its environment, and what it refuses."""
 
 import json
+import os
+import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,107 @@ def test_other_compiler_settings_are_said_and_kept(tmp_path, monkeypatch, capsys
     assert "other compiler settings (none, now --xla_some=1)" in capsys.readouterr().out
     env = json.loads((tmp_path / "env.json").read_text())
     assert env["xla_flags"] == ["--xla_some=1"] and env["earlier"] == [{"xla_flags": []}]
+
+
+def finished(folder):
+    """Leave a small finished run there; returns its flags."""
+    flags = [f"--out={folder}", "--max-steps=2", "--metric=l2", *SMALL]
+    with pytest.MonkeyPatch.context() as patch:
+        in_process(patch, *flags)
+    return flags
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, finished(folder)
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": cut,
+    "a list": lambda content: b"[1, 2]\n",
+    "null": lambda content: b"null\n",
+    "not UTF-8": lambda content: b"\xff\xfe" + content,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_resumed_run_uses_what_is_good_and_says_what_is_not(
+    kind, whole, monkeypatch, capsys, tmp_path
+):
+    shutil.copytree(whole[0].parent, tmp_path / "all")
+    run = tmp_path / "all" / "run"
+    expected = (run / "metrics.jsonl").read_bytes()
+    for name in ("config.json", "env.json", "metrics.jsonl"):
+        content = (run / name).read_bytes()
+        (run / name).write_bytes(DAMAGE[kind](content))
+    in_process(monkeypatch, f"--out={run}", *whole[1][1:], "--resume")
+    told = capsys.readouterr().err
+    assert f"{run / 'config.json'} cannot be read" in told
+    assert f"{run / 'env.json'} cannot be read" in told
+    assert ("metrics.jsonl: what is in line 1" in told) == (kind not in ("empty", "cut"))
+    assert (run / "metrics.jsonl").read_bytes() == expected
+    assert json.loads((run / "config.json").read_text())["metric"] == "l2"
+    assert json.loads((run / "env.json").read_text())["packages"]
+    assert len(list(run.glob("config.json.unreadable-*"))) == 1
+
+
+def test_a_run_of_other_settings_is_refused_even_then(whole, monkeypatch, capsys, tmp_path):
+    """The checkpoints know what they are of."""
+    shutil.copytree(whole[0].parent, tmp_path / "all")
+    run = tmp_path / "all" / "run"
+    (run / "config.json").write_text("null")
+    flags = [flag.replace("l2", "w2") for flag in whole[1][1:]]
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, f"--out={run}", *flags, "--resume")
+    assert stop.value.code == 2
+    assert "metric ['l2'] -> ['w2']" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_one_line(monkeypatch, capsys, tmp_path):
+    from experiments.runs import train
+
+    fit = train.fit
+
+    def deleting(network, data, **options):
+        options["callbacks"] = [lambda record: shutil.rmtree(tmp_path / "run"),
+                                *options["callbacks"]]  # fmt: skip
+        return fit(network, data, **options)
+
+    monkeypatch.setattr(train, "fit", deleting)
+    with pytest.raises(SystemExit) as stop:
+        finished(tmp_path / "run")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and error.startswith("error: No such file or directory: ")
+    assert "--resume continues" in error
+
+
+def test_a_name_that_is_too_long_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        finished(tmp_path / (300 * "a"))
+    assert "error: File name too long: " in capsys.readouterr().err.replace("cannot be made: ", "")
+
+
+def test_without_a_home_no_programs_are_kept(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    cli.prepare_jax()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc")
+def test_runs_in_one_process_leave_no_files_and_no_threads(tmp_path):
+    def open_ones():
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    finished(tmp_path / "a" / "run")
+    before = open_ones()
+    for name in ("b", "c", "d"):
+        finished(tmp_path / name / "run")
+    assert open_ones() == before

@@ -53,7 +53,7 @@ def test_a_run_that_diverges_is_noted_and_the_others_go_on(monkeypatch, capsys, 
 
 
 def test_a_table_that_is_stopped_goes_on_where_it_was(monkeypatch, capsys, tmp_path):
-    flags = [*TINY, f"--out={tmp_path}", "--seeds=1", "--metrics", "l2"]
+    flags = [*TINY[:-1], f"--out={tmp_path}", "--seeds=1", "--metrics", "l2"]
     fit = train.fit
 
     def stopping(network, data, **options):
