@@ -12,12 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kd2m_jax._batch_norm import DEVICES, on_devices, synchronise
 from kd2m_jax.outputs import Outputs
-
-# The name of the axis that a step runs over on several devices. A network's batch statistics
-# are taken over it wherever it is bound.
-DEVICES = "devices"
-
 
 # What a network's parameters or its state are: any pytree of arrays.
 Tree: TypeAlias = Any
@@ -135,7 +131,8 @@ class _Streams:
         """Return the module's own random state."""
         pairs = zip(self._values, self._kinds, strict=True)
         leaves = [
-            x if k is None else jax.random.wrap_key_data(jnp.asarray(x), impl=k) for x, k in pairs
+            jnp.asarray(x) if k is None else jax.random.wrap_key_data(jnp.asarray(x), impl=k)
+            for x, k in pairs
         ]
         return jax.tree.unflatten(self._structure, leaves)
 
@@ -163,13 +160,14 @@ def _apply_nnx(graph, streams: _Streams, name: str, params, state, x, *, train, 
         m.train()
         if rng is not None:
             nnx.reseed(m, **streams.keys(rng))
-        if _on_devices():
+        if on_devices():
             for _, sub in nnx.iter_graph(m):
                 if isinstance(sub, nnx.BatchNorm) and sub.axis_name is None:
                     sub.axis_name = DEVICES
     else:
         m.eval()
-    out = _outputs(m(x), name)
+    with nn.intercept_methods(synchronise):  # of Linen modules inside
+        out = _outputs(m(x), name)
     return out, nnx.split(m, nnx.Param, nnx.RngState, ...)[3]
 
 
@@ -237,7 +235,7 @@ def _apply_linen(module: nn.Module, params, state, x, *, train, rng=None):
         return _outputs(module.apply(variables, x, **mode), name.__name__), state
     # A stream that has no key of its own draws from "params", so any named one advances.
     rngs = {} if rng is None else {"dropout": rng, "params": jax.random.fold_in(rng, 1)}
-    with nn.intercept_methods(_synchronise):
+    with nn.intercept_methods(synchronise):
         out, new_state = module.apply(variables, x, **mode, rngs=rngs, mutable=list(state))
     return _outputs(out, name.__name__), dict(new_state)
 
@@ -252,8 +250,24 @@ def as_network(model: Model) -> Network:
         return from_linen(model)
     raise TypeError(
         "a model is a flax.nnx.Module, a flax.linen.Module or a kd2m_jax.Network, got "
-        f"{type(model).__name__}"
+        f"{_what_it_is(model)}"
     )
+
+
+def _what_it_is(model: Any) -> str:
+    """Name what is no model of ours, and what its owner probably wants."""
+    name = type(model).__name__
+    if isinstance(model, type):
+        return f"the class {model.__name__}: make one, {model.__name__}(...)"
+    if isinstance(model, str):
+        return f"the name {model!r}: models.build makes a network of a name"
+    if hasattr(model, "student") and hasattr(model, "history"):
+        return f"{name}: give its .student"
+    if isinstance(model, list | tuple):
+        return f"a {name}: one network is wanted here"
+    if any(base.__module__.startswith("torch.") for base in type(model).__mro__):
+        return f"{name} of torch: models.load_torch_weights reads the weights of a ResNet"
+    return name
 
 
 class _Projector(nnx.Module):
@@ -345,27 +359,12 @@ def _apply_projected(inner: Apply, sizes, params, state, x, *, train, rng=None):
     return out, (new_state, own_state)
 
 
-def _synchronise(call, args, kwargs, context):
-    """Linen interceptor: BatchNorm takes its statistics over all devices."""
-    m = context.module
-    if isinstance(m, nn.BatchNorm) and m.axis_name is None and _on_devices():
-        object.__setattr__(m, "axis_name", DEVICES)  # a bound module is a copy for this call
-    return call(*args, **kwargs)
-
-
-def _on_devices() -> bool:
-    """Whether this is traced inside a step over several devices."""
-    try:
-        jax.lax.axis_size(DEVICES)
-    except NameError:
-        return False
-    return True
-
-
 def _outputs(out: Any, name: str) -> Outputs:
     if isinstance(out, tuple) and 2 <= len(out) <= 3:
         return Outputs(*out)
+    shape = getattr(out, "shape", None)
+    kind = type(out).__name__ if shape is None else f"one array of shape {list(shape)}"
     raise TypeError(
         f"{name} must return kd2m_jax.Outputs, (features, logits) or (features, "
-        f"logits, maps), got {type(out).__name__}: have it return its penultimate features too"
+        f"logits, maps), got {kind}: have it return its penultimate features too"
     )

@@ -19,7 +19,7 @@ library = pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(
 
 # Lower may not import higher, nor its like: losses <- adapters <- training.
 LAYERS = [
-    ("outputs", "errors", "_compat", "_compiler"),
+    ("outputs", "errors", "_compat", "_compiler", "_batch_norm"),
     ("losses", "_locks"),
     ("theory", "adapters", "models"),
     ("training",),

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -45,6 +46,8 @@ def main(
         description=_summary(description or ""),
     )
     prepare_jax()
+    # Orbax logs the traceback of an error by it that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Only now, because these load JAX, which --help does not need and the cache must precede.
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
     from kd2m_jax.internal import ProcessLost

@@ -107,7 +107,7 @@ def dual_start(cost: jax.Array, groups: Groups, epsilon: float) -> Dual:
     mean = groups.total(jnp.sum(jnp.where(pairs > 0, pairs * cost, 0), axis=1)) / weight**2
     # Identical clouds bound the cost by zero, and identical points make even the mean zero.
     scale = jnp.maximum(jnp.maximum(*bounds), 1e-3 * mean)
-    return Dual(f, g, jnp.maximum(scale, jnp.finfo(cost.dtype).tiny / epsilon))
+    return Dual(f, g, jnp.maximum(scale, jnp.finfo(cost.dtype).tiny / min(epsilon, 1)))
 
 
 def sinkhorn_plan(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -87,6 +88,8 @@ class Students:
         """Give what is no list to all students; ValueError where lists or teacher do not fit."""
         several = (list, tuple)  # exactly: a Network is a NamedTuple
         lengths = {len(g) for g in (student, metric, coef) if type(g) in several}
+        if type(metric) in several and type(coef) in several and type(student) not in several:
+            _say_what_lists_mean()
         if len(lengths) > 1 or 0 in lengths:
             raise ValueError("lists of students, metrics and coefs differ in length or are empty")
         (count,) = lengths or {1}
@@ -105,6 +108,14 @@ class Students:
                 f"a teacher and a metric to compare with it come together, and {missing} is missing"
             )
         return cls(models=models, metrics=metrics, coefs=coefs, is_population=bool(lengths))
+
+
+@functools.cache  # once
+def _say_what_lists_mean() -> None:
+    logging.getLogger(__name__).warning(
+        "a list of metrics and a list of coefs train one student for each pair, as a population; "
+        "one student on the weighted sum of the metrics: losses.metric_sum(metrics, weights)"
+    )
 
 
 def check_numbers(
@@ -163,12 +174,12 @@ def make_plan(
     mesh = Mesh(np.array(devices)[here], (DEVICES,))
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
     networks = [as_network(student) for student in students.models]
+    frozen = None if teacher is None else as_network(teacher)
     if teacher is not None:
         teacher_variables = place(variables_of(teacher, teacher_variables))
     batches = Batches(data, batch_size, seed, len(devices), per_class, place, here)
     total = _total_steps(batches, epochs, max_steps)
     chosen = optimizer or _default_optimizer(total)
-    frozen = None if teacher is None else as_network(teacher)
     bodies = _bodies(networks, students, frozen, chosen, task_coef)
     sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)

@@ -393,3 +393,12 @@ def test_divergence_of_one_sample_in_bf16_and_under_vmap():
         for batched, alone in zip(together, grad(*pair)[1], strict=True):
             atol = 1e-4 * np.abs(alone).max()
             np.testing.assert_allclose(batched[k], alone, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize("solver", ["sinkhorn", "ipot"])
+@pytest.mark.parametrize("epsilon", [1.5, 10.0])
+def test_a_large_epsilon_of_collapsed_clouds_is_zero(solver, epsilon):
+    """The smallest number that is no zero, divided by it, was one."""
+    z = jnp.ones((16, 4))
+    value, gradient = jax.value_and_grad(losses.w2)(z, z, solver=solver, epsilon=epsilon)
+    assert value == 0 and (gradient == 0).all()

@@ -3,17 +3,21 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from children import environment
+from matplotlib import get_cachedir
 
 from experiments import digits
 from experiments.common import cli
 from experiments.runs.folder import RunFolder
 from kd2m_jax.internal import locked
 
+ROOT = Path(__file__).parents[3]
 SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=6", "--batch-size=256"]
 
 
@@ -180,3 +184,48 @@ def test_runs_in_one_process_leave_no_files_and_no_threads(tmp_path):
     for name in ("b", "c", "d"):
         finished(tmp_path / name / "run")
     assert open_ones() == before
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if len(sys.argv) > 1 and sys.argv[1].startswith("--bytes="):
+    limit = int(sys.argv.pop(1).partition("=")[2])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.argv[0] = "experiments.digits"
+runpy.run_module("experiments.digits", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+@pytest.mark.parametrize("size", [300, 3_000, 20_000])
+def test_a_full_disk_is_one_line_and_resume_goes_on(size, whole, tmp_path):
+    """As if: no file may become larger than so many bytes."""
+    flags = [f"--out={tmp_path / 'run'}", *whole[1][1:]]
+
+    def run(*more):
+        env = environment() | {"MPLCONFIGDIR": get_cachedir(), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+        command = [sys.executable, "-c", LIMITED, *more, *flags]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    failed = run(f"--bytes={size}")
+    assert failed.returncode in (1, 2), failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert (done := run("--resume")).returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert lines.count("\n") == (whole[0] / "metrics.jsonl").read_text().count("\n")
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_ends_it_quietly(whole, tmp_path):
+    shutil.copytree(whole[0].parent, tmp_path / "all")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "experiments.digits", f"--out={tmp_path / 'all' / 'run'}"]
+    done = subprocess.run([*command, *whole[1][1:], "--resume"], cwd=ROOT, env=environment(),
+                          stdout=write, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    os.close(write)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert (tmp_path / "all" / "run" / "report.md").exists()
