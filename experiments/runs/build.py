@@ -269,4 +269,6 @@ def _with_class_cost(metric: losses.Metric, teacher: nnx.Module, dataset: Datase
         )
     except ValueError as error:
         raise UsageError(f"--metric={metric.label}: {error}") from error
-    return losses.get_metric(metric.written, class_cost=cost)
+    found = losses.get_metric(metric.written, class_cost=cost)
+    assert isinstance(found, losses.Metric)  # one name, no sum
+    return found

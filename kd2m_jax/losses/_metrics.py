@@ -238,7 +238,7 @@ class _Array:
         return f"array of shape {list(np.shape(self.array))}"
 
 
-def get_metric(name: str, *, on: str = "features", **options) -> Any:
+def get_metric(name: str, *, on: str = "features", **options: object) -> "Metric | MetricSum":
     """Look a metric up in METRICS and set its options.
 
     Args:
@@ -266,11 +266,16 @@ def get_metric(name: str, *, on: str = "features", **options) -> Any:
       0.3466
     """
     name = spelled(name)
-    if len(terms(name)) > 1:
-        weights = options.pop("weights", None)
-        if options:
-            raise TypeError("options of a sum's terms: in their names, as in 'kd:temperature=2+w2'")
-        return metric_sum([get_metric(term, on=on) for term in terms(name)], weights)
+    if len(terms(name)) == 1:
+        return _single(name, on, options)
+    weights: Any = options.pop("weights", None)
+    if options:
+        raise TypeError("options of a sum's terms: in their names, as in 'kd:temperature=2+w2'")
+    return metric_sum([_single(term, on, {}) for term in terms(name)], weights)
+
+
+def _single(name: str, on: str, options: dict[str, Any]) -> Metric:
+    """Make a metric that is no sum of its spelled name and its options."""
     name, *written = name.split(":")
     for option, value in map(_option, written):
         if option in options:

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import Generic, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import optax
 from flax import linen as nn
 from flax import nnx
 
-from kd2m_jax.adapters import Model, Network
+from kd2m_jax.adapters import Model, Network, Tree
 from kd2m_jax.training._examples import Arrays
 from kd2m_jax.training._parallel import without_mesh
 from kd2m_jax.training._plan import AnyMetric, Preprocess, Students, check_numbers, make_plan
@@ -17,7 +17,8 @@ from kd2m_jax.training._records import Record
 from kd2m_jax.training._session import session
 from kd2m_jax.training._step import Coef, TrainState
 
-M = TypeVar("M", bound=nnx.Module)
+M = TypeVar("M")  # what comes back as a student
+N = TypeVar("N", bound=nnx.Module)
 
 
 class FitResult(NamedTuple, Generic[M]):
@@ -78,22 +79,31 @@ class _Options(TypedDict, total=False):
 
 @overload
 def fit(
-    student: M,
+    student: N,
     data: Arrays | Iterable[Arrays],
     *,
     metric: AnyMetric = None,
     coef: Coef | str = 1.0,
     **options: Unpack[_Options],
-) -> FitResult[M]: ...
+) -> FitResult[N]: ...
 @overload
 def fit(
-    student: nn.Module | Network,
+    student: nn.Module,
     data: Arrays | Iterable[Arrays],
     *,
     metric: AnyMetric = None,
     coef: Coef | str = 1.0,
     **options: Unpack[_Options],
-) -> FitResult[Any]: ...
+) -> FitResult[dict[str, Tree]]: ...
+@overload
+def fit(
+    student: Network,
+    data: Arrays | Iterable[Arrays],
+    *,
+    metric: AnyMetric = None,
+    coef: Coef | str = 1.0,
+    **options: Unpack[_Options],
+) -> FitResult[Tree]: ...
 @overload
 def fit(
     student: Sequence[Model],
@@ -102,7 +112,7 @@ def fit(
     metric: AnyMetric | Sequence[AnyMetric] = None,
     coef: Coef | str | Sequence[Coef | str] = 1.0,
     **options: Unpack[_Options],
-) -> list[FitResult[Any]]: ...
+) -> list[FitResult[Tree]]: ...
 @overload
 def fit(
     student: Model,
@@ -111,7 +121,7 @@ def fit(
     metric: Sequence[AnyMetric],
     coef: Coef | str | Sequence[Coef | str] = 1.0,
     **options: Unpack[_Options],
-) -> list[FitResult[Any]]: ...
+) -> list[FitResult[Tree]]: ...
 @overload
 def fit(
     student: Model,
@@ -120,7 +130,7 @@ def fit(
     metric: AnyMetric = None,
     coef: Sequence[Coef | str],
     **options: Unpack[_Options],
-) -> list[FitResult[Any]]: ...
+) -> list[FitResult[Tree]]: ...
 def fit(
     student: Model | Sequence[Model],
     data: Arrays | Iterable[Arrays],
@@ -144,7 +154,7 @@ def fit(
     seed: int = 0,
     max_steps: int | None = None,
     devices: Sequence[object] | None = None,
-) -> FitResult[Any] | list[FitResult[Any]]:
+) -> FitResult[Tree] | list[FitResult[Tree]]:
     """Train a student, or several in one program, alone or against a frozen teacher.
 
     Arrays live on the device for the whole run: they are shuffled there once an epoch, and each
@@ -160,10 +170,13 @@ def fit(
     Args:
       student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
         returns `Outputs` or ``(features, logits)``.
-      data: ``(x, labels)`` arrays (``x [n, ...]`` of any dtype, labels ``[n]`` integers), or an
-        iterable of such batches that can be iterated once an epoch. One that never ends is one
-        endless epoch: give ``max_steps``. Without a ``len`` the default learning rate is constant,
-        unless ``max_steps`` says where it ends.
+      data: ``(x, labels)`` arrays, or an iterable of such batches that can be iterated once an
+        epoch. ``x`` is an array ``[n, ...]`` of any dtype or a pytree of such, as the network
+        takes it; labels are ``[n]`` integers from 0 on, below the number of logits. A dict of
+        ``image`` (or ``x``) and ``label`` (or ``labels``, ``y``) is taken for the tuple. An
+        iterable may use its buffers again. One that never ends is one endless epoch: give
+        ``max_steps``. Without a ``len`` the default learning rate is constant, unless
+        ``max_steps`` says where it ends.
       teacher: the frozen network, or None.
       teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
         an NNX module brings its own.
@@ -176,8 +189,9 @@ def fit(
       batch_size: global, over all devices; of arrays. An epoch drops the incomplete last batch.
       per_class: build batches of arrays from runs of so many examples of one class, so that a
         conditional metric has more than one to look at; it must divide the batch size. None
-        shuffles freely. Examples that do not fill a run sit an epoch out.
-      eval_data: ``(x, labels)`` arrays to evaluate on after each epoch.
+        shuffles freely. Examples that do not fill a run sit an epoch out; a class with fewer
+        than that is refused.
+      eval_data: ``(x, labels)`` arrays to evaluate on after each epoch, checked as ``data`` is.
       preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key an
         example in training (augmentation), None in evaluation.
       callbacks: called with a copy of each record: a dict with ``step``, ``epoch``, ``steps``
@@ -190,14 +204,16 @@ def fit(
       checkpoint_dir: where to keep the last and the best checkpoint. A run that finds one there
         continues from it, in the middle of an epoch if need be, to the same result to the bit
         (CPU, same devices). Of an iterable it draws and discards the batches already used, so
-        that holds for one that gives the same batches again.
+        that holds for one that gives the same batches again. A run with another metric, option,
+        weight, coef, teacher, optimizer, seed or other arrays is refused; more ``epochs`` or
+        ``max_steps`` continue it, with a line that says that a schedule over them is another.
       save_every: seconds, >= 0. The run is saved after a call of the program when the last save
         is older than that, within an epoch too; 0 saves after every call. It is also saved at the
         end, on SIGTERM, on Ctrl-C, and when data or a callback raises. It decides no result.
       progress: whether to show a bar with throughput, losses, test accuracy and time left. None
         shows it in a terminal or a notebook.
-      seed: decides initialisation (of Linen students, of a population's all alike: an NNX module
-        brings its own), order, augmentation and dropout.
+      seed: from 0 to 2**32 - 1, decides initialisation (of Linen students, of a population's
+        all alike: an NNX module brings its own), order, augmentation and dropout.
       max_steps: stop after so many steps, for smoke runs.
       devices: the devices to run on; all of them, of all processes, by default.
 
@@ -205,13 +221,15 @@ def fit(
       A `FitResult`; where something is a list, a list of them.
 
     Raises:
-      ValueError: lists of unequal lengths, epochs or batch_size below 1, a negative save_every, a
-        batch larger than the data or not divisible by the number of devices, labels of arrays
-        below 0, data that is one array, a teacher without a metric or the reverse;
-        CheckpointError, which is one, for a checkpoint of another network or made with another
-        seed, batch size, number of examples, metric or coef, and for a folder that cannot be
-        written or is in use by another process.
-      TypeError: a model that is none of the three kinds.
+      ValueError: lists of unequal lengths, epochs, batch_size or max_steps below 1, a negative
+        save_every, a batch larger than the data or not divisible by the number of devices, data,
+        batches or eval_data that are not what they should be (the message says which, and what
+        is wrong), a class too small for per_class, arrays that the device cannot hold, a teacher
+        without a metric or the reverse; CheckpointError, which is one, for a checkpoint of another
+        network or another run, for a folder that cannot be written, is in use by another process
+        or is the address of a bucket, and for a save that fails.
+      TypeError: a model that is none of the three kinds, or returns no logits; labels that are not
+        integers.
       NonFiniteLoss: the loss became NaN or infinite; names the step.
       Stopped: with a checkpoint folder, on SIGTERM: the step is finished and saved first. A
         SystemExit of status 143, so a program that does not catch it ends there. Ctrl-C does the

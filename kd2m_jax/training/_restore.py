@@ -11,9 +11,9 @@ import numpy as np
 from flax import linen as nn
 
 from kd2m_jax._locks import check_local
-from kd2m_jax.adapters import Model, as_network
+from kd2m_jax.adapters import Model, Tree, as_network
 from kd2m_jax.errors import CheckpointError
-from kd2m_jax.training._fit import M
+from kd2m_jax.training._fit import N
 
 # Where a saved pytree has a student's parameters and state.
 _PLACES = {"last": ("params", "model_state"), "best": ("0", "1")}
@@ -21,23 +21,23 @@ _PLACES = {"last": ("params", "model_state"), "best": ("0", "1")}
 
 @overload
 def restore(
-    checkpoint_dir: str | os.PathLike, model: M, which: Literal["last", "best"] = "last"
-) -> M: ...
+    checkpoint_dir: str | os.PathLike, model: N, which: Literal["last", "best"] = "last"
+) -> N: ...
 @overload
 def restore(
-    checkpoint_dir: str | os.PathLike, model: Sequence[M], which: Literal["last", "best"] = "last"
-) -> list[M]: ...
+    checkpoint_dir: str | os.PathLike, model: Sequence[N], which: Literal["last", "best"] = "last"
+) -> list[N]: ...
 @overload
 def restore(
     checkpoint_dir: str | os.PathLike,
     model: Model | Sequence[Model],
     which: Literal["last", "best"] = "last",
-) -> Any: ...
+) -> Tree: ...
 def restore(
     checkpoint_dir: str | os.PathLike,
     model: Model | Sequence[Model],
     which: Literal["last", "best"] = "last",
-) -> Any:
+) -> Tree:
     """Read a student back that `fit` saved.
 
     Args:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from kd2m_jax.adapters import Apply, Network
+from kd2m_jax.adapters import Apply, Network, Tree
 from kd2m_jax.losses import Metric, MetricSum, distillation_loss
 from kd2m_jax.losses._metrics import resolve
 from kd2m_jax.outputs import Outputs
@@ -43,15 +43,15 @@ class TrainState(NamedTuple):
       ((), (2,))
     """
 
-    params: Any
-    model_state: Any
-    opt_state: Any
+    params: Tree
+    model_state: Tree
+    opt_state: Tree
     grad_norms: jax.Array
     step: jax.Array
     key: jax.Array
 
     @property
-    def variables(self) -> tuple[Any, Any]:
+    def variables(self) -> tuple[Tree, Tree]:
         """``(params, model_state)``, what evaluation and a later student need of a teacher."""
         return self.params, self.model_state
 
@@ -60,7 +60,7 @@ class Step(Protocol):
     """One training step: ``(state, teacher_variables, (x, labels)) -> (state, metrics)``."""
 
     def __call__(
-        self, state: TrainState, teacher_variables: Any, batch: tuple[ArrayLike, ArrayLike], /
+        self, state: TrainState, teacher_variables: Tree, batch: tuple[Tree, ArrayLike], /
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Return the new state, and the scalars of this step."""
         ...

@@ -197,7 +197,7 @@ def test_jw2_gradients_with_respect_to_features_and_logits(label_cost, solver):
 
 @kinds
 @pytest.mark.parametrize(("n", "d", "classes"), [(24, 40, 3), (60, 10, 5)])
-@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+@pytest.mark.parametrize("covariance", ["full", pytest.param("diagonal", marks=pytest.mark.slow)])
 def test_gaussian_gradients(kind, n, d, classes, covariance):
     x, y, labels = draw(kind, n, d, classes=classes)
     s = oracles.ridge(x, y, 0.1)  # the library's is detached, so it is frozen here

@@ -27,9 +27,11 @@ from torch_files import (
 
 from kd2m_jax import models
 
+slow_nets = [pytest.param(name, marks=pytest.mark.slow) for name in list(NETS)[3:]]
+
 
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("kind", [*list(NETS)[:3], *slow_nets])
 def test_a_loaded_network_computes_what_numpy_does(tmp_path, kind, stem):
     state = torch_state(kind, stem=stem)
     model = make_net(kind, stem=stem)

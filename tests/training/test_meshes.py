@@ -48,8 +48,18 @@ def by_step(make):
     return run
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("split", [False, True])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [
+        (AxisType.Explicit, True),
+        pytest.param(AxisType.Explicit, False, marks=slow),
+        pytest.param(AxisType.Auto, True, marks=slow),
+        pytest.param(AxisType.Auto, False, marks=slow),
+    ],
+)
 @pytest.mark.parametrize(
     "run",
     [by_fit, by_step(make_train_step), by_step(pmap_step), by_step(shard_map_step)],

@@ -109,6 +109,7 @@ def test_a_list_of_batches_is_taken_up_in_the_middle_of_an_epoch(tmp_path):
     assert_same(run(data=batches, epochs=2, checkpoint_dir=tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_batch_statistics_and_augmentation_are_taken_up_too(tmp_path):
     """Within an epoch: the statistics so far, and the keys that the next steps draw from."""
     images = np.random.default_rng(0).normal(size=(32, 8, 8, 1)).astype(np.float32)

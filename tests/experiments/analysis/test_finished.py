@@ -86,6 +86,7 @@ def test_a_run_has_to_be_named(module, name, monkeypatch, capsys):
     assert "--run STR" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_a_part_of_the_data_with_class_costs(monkeypatch, capsys, tmp_path):
     """wkd-l's costs are the trained teacher's: the bound's students end as the run's did."""
     flags = [*TINY, "--epochs=1", "--seeds=1", "--train-examples=256", f"--out={tmp_path}"]

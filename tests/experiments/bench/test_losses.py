@@ -21,6 +21,7 @@ def test_the_eigh_peer_has_the_value_and_the_gradient(n, d):
     assert float((grad * direction).sum()) == pytest.approx((forms[0] - forms[1]) / 2e-3, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_classes_and_gaussian_rows(tmp_path):
     rows, notes = loss_suites.classes(tmp_path, counts=(3,), n=12, d=4, repeats=1)
     assert len(rows) == 3 and all("target at most 1.5" in note for note in notes)

@@ -33,6 +33,7 @@ def test_a_planted_wrong_peer_is_marked(monkeypatch, tmp_path):
     assert (tmp_path / "peers.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_without_torch_its_rows_are_left_out_and_one_sentence_says_so(monkeypatch, tmp_path):
     pytest.importorskip("ot")  # first, for SciPy looks for torch when it is first imported
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed

@@ -48,6 +48,7 @@ def whole(tmp_path_factory):
     return out, calls
 
 
+@pytest.mark.slow
 def test_the_students_end_as_they_do_one_by_one(whole, monkeypatch, tmp_path):
     out, calls = whole
     assert calls == [3]
@@ -74,6 +75,7 @@ def test_the_students_end_as_they_do_one_by_one(whole, monkeypatch, tmp_path):
     assert not list(out.glob("digits/seed0/together-*"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_population_goes_on(whole, monkeypatch, capsys, tmp_path):
     fit = population.fit
 

@@ -28,6 +28,7 @@ def finished_run(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_tradeoff_over_two_lambdas_and_auto(monkeypatch, capsys, tmp_path):
     flags = [*TINY, "--max-steps=3", "--seeds=2", "--metric=l2", f"--out={tmp_path}"]
     default = tradeoff.Tradeoff()

@@ -15,7 +15,7 @@ from experiments.common.errors import UsageError
 from experiments.runs.folder import read_metrics
 from experiments.runs.settings import Run, Settings, check
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RUN = [sys.executable, "-m", "experiments.digits", "--teacher=mlp-32-16", "--student=mlp-8-16"]
 RUN += ["--metric=cw2", "--coef=1e-2", "--epochs=8"]
 
