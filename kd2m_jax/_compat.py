@@ -26,7 +26,7 @@ def layer_list(layers: Iterable[Any] = ()) -> MutableSequence[Any]:
 
 
 def set_value(variable: Any, value: jax.Array) -> None:
-    """Give an ``nnx.Variable`` another value, also where it had but a shape.
+    """Give an ``nnx.Variable`` another value, even if it only had a shape.
 
     flax < 0.12 has no ``Variable.set_value``, and later ones deprecate setting ``value``.
     """

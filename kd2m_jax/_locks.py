@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,9 +16,14 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 
+def is_address(folder: str | os.PathLike) -> bool:
+    """Return whether this is an address such as gs://bucket, of which pathlib makes gs:/bucket."""
+    return re.match(r"[A-Za-z][\w+.-]+:/", os.fspath(folder)) is not None  # two letters: no C:/
+
+
 def check_local(folder: str | os.PathLike | None) -> None:
     """Raise CheckpointError for an address of a bucket: its lock and renames need a local disk."""
-    if folder is not None and "://" in os.fspath(folder):
+    if folder is not None and is_address(folder):
         raise CheckpointError(
             f"{os.fspath(folder)} is no local folder: write to one and copy it, or mount the bucket"
         )

@@ -20,7 +20,7 @@ Tree: TypeAlias = Any
 
 
 class Apply(Protocol):
-    """What `Network.apply` is."""
+    """The signature of `Network.apply`."""
 
     def __call__(
         self, params: Tree, state: Tree, x: Tree, /, *, train: bool, rng: jax.Array | None = None
@@ -159,7 +159,8 @@ def _apply_nnx(graph, streams: _Streams, name: str, params, state, x, *, train, 
     if train:
         m.train()
         if rng is not None:
-            nnx.reseed(m, **streams.keys(rng))
+            # A layer that was made by vmap has as many keys as it has copies.
+            nnx.reseed(m, policy="match_shape", **streams.keys(rng))
         if on_devices():
             for _, sub in nnx.iter_graph(m):
                 if isinstance(sub, nnx.BatchNorm) and sub.axis_name is None:
@@ -255,7 +256,7 @@ def as_network(model: Model) -> Network:
 
 
 def _what_it_is(model: Any) -> str:
-    """Name what is no model of ours, and what its owner probably wants."""
+    """Describe an object that is not a model, and what its owner probably wants."""
     name = type(model).__name__
     if isinstance(model, type):
         return f"the class {model.__name__}: make one, {model.__name__}(...)"

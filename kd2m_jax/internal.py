@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kd2m_jax._compiler import compiler_flags as compiler_flags
     from kd2m_jax._compiler import compiler_flags_in_force as compiler_flags_in_force
     from kd2m_jax._compiler import set_compiler_flags as set_compiler_flags
+    from kd2m_jax._locks import is_address as is_address
     from kd2m_jax._locks import locked as locked
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
@@ -45,6 +46,7 @@ _HOMES = {
     "compiler_flags": "_compiler",
     "compiler_flags_in_force": "_compiler",
     "set_compiler_flags": "_compiler",
+    "is_address": "_locks",
     "locked": "_locks",
     "ProcessLost": "training._processes",
     "after_first": "training._processes",

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 import tyro
 
 from experiments.common.errors import DataError, UsageError
-from kd2m_jax.internal import set_compiler_flags
+from kd2m_jax.internal import is_address, set_compiler_flags
 
 FlagsT = TypeVar("FlagsT", bound="Flags")
 
@@ -93,8 +93,9 @@ def _refuse_repeated(arguments: list[str]) -> None:
 def _refuse_addresses(arguments: list[str]) -> None:
     """End with one line where a folder is a bucket's address: locks and renames need a disk."""
     given = [a.partition("=")[::2] for a in arguments] + list(itertools.pairwise(arguments))
+    given.append(("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", "")))
     for flag, value in given:
-        if flag in ("--out", "--data-dir") and "://" in value:
+        if flag.replace("_", "-") in ("--out", "--data-dir", "TFDS-DATA-DIR") and is_address(value):
             _fail(f"{flag} {value} is no local folder: name one, or mount the bucket")
             sys.exit(2)
 

@@ -24,7 +24,10 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """Read a file that holds a JSON object; ValueError where it does not."""
-    content = json.loads(path.read_bytes().decode())
+    try:
+        content = json.loads(path.read_bytes().decode())
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
@@ -45,7 +48,7 @@ def read_lines(path: pathlib.Path, needed: str) -> list[dict[str, Any]]:
             if not isinstance(record, dict) or needed not in record:
                 raise ValueError
             found.append(record)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):  # the last one is empty, or cut off
                 damaged.append(str(number))
     if damaged:

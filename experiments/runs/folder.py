@@ -70,7 +70,7 @@ class RunFolder:
     def diverged(self) -> int | None:
         """Return the step at which its training diverged, if it did."""
         file = self.path / "diverged.json"
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             return int(files.read_object(file)["step"])
         return None  # damaged: it is tried again
 
@@ -106,7 +106,7 @@ class RunFolder:
         saved = (self.path / "checkpoints").glob("*/last/*/_CHECKPOINT_METADATA")
         times = []
         for file in saved:
-            with contextlib.suppress(ValueError, KeyError):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 times.append(files.read_object(file)["commit_timestamp_nsecs"] / 1e9)
         times = times or [(self.path / "config.json").stat().st_mtime]
         return datetime.date.fromtimestamp(max(times))
@@ -175,9 +175,11 @@ class RunFolder:
         flags = sorted(internal.compiler_flags_in_force())
         env = {**machine.host(), "packages": machine.versions(PACKAGES), "xla_flags": flags, **more}
         if before := self.environment:
-            speed, earlier = before.pop("images_per_second", {}), before.pop("earlier", [])
+            speed = before.pop("images_per_second", None) or {}
+            earlier = before.pop("earlier", None) or []
             # A run from before flags were written down had those of the environment alone.
-            if before.setdefault("xla_flags", []) != flags:
+            before["xla_flags"] = before.get("xla_flags") or []
+            if before["xla_flags"] != flags:
                 then, now = (" ".join(f) or "none" for f in (before["xla_flags"], flags))
                 print(
                     f"{self.path} was begun with other compiler settings ({then}, now {now}): what "
@@ -193,7 +195,8 @@ class RunFolder:
     def write_speed(self, phase: str, images_per_second: float) -> None:
         """Write how fast a phase trained, evaluations included, compilation not."""
         env = self.environment
-        env.setdefault("images_per_second", {})[phase] = round(images_per_second)
+        speeds = env.get("images_per_second") or {}
+        env["images_per_second"] = speeds | {phase: round(images_per_second)}
         files.write_json(self.path / "env.json", env)
 
     def write_diverged(self, message: str) -> None:

@@ -24,6 +24,8 @@ _DTYPES = {
     "HalfStorage": np.float16,
     "BFloat16Storage": jnp.bfloat16,
 }
+# Types of counters and indices (n_averaged, relative_position_index), which are no weights.
+_COUNTERS = {"I64", "I32", "BOOL", "LongStorage", "IntStorage", "BoolStorage"}
 # Where training tools keep a state dict; an average of the weights before the weights themselves.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema")
 _HOLDERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights")
@@ -60,6 +62,8 @@ def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     for name, entry in _weights(header).items():
         if any(not isinstance(n, int) or n < 1 for n in entry["shape"]):
             raise ValueError(f"its entry {name!r} has the shape {entry['shape']}")
+        if entry["dtype"] in _COUNTERS:
+            continue
         first, last = entry["data_offsets"]
         values = np.frombuffer(data[begin + first : begin + last], _dtype(entry["dtype"]))
         arrays[name] = values.reshape(entry["shape"])
@@ -98,34 +102,45 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
         state = _state_dict(state, path)
 
         @functools.cache  # tensors may share a storage
-        def storage(kind: str, key: str, size: int) -> np.ndarray:
-            return np.frombuffer(archive.read(f"{folder}data/{key}"), _dtype(kind), size)
+        def content(key: str) -> bytes:
+            return archive.read(f"{folder}data/{key}")
 
         arrays = {}
         for name, tensor in _weights(state).items():
             if not isinstance(tensor, _Tensor):
                 raise ValueError(f"its entry {name!r} is a {type(tensor).__name__}, not a tensor")
             _, kind, key, _, size = tensor.storage
-            arrays[name] = _strided(storage(kind, key, size), tensor)
+            if kind not in _COUNTERS:
+                values = np.frombuffer(content(key), _dtype(kind), size)
+                arrays[name] = _strided(values, tensor)
     return arrays
 
 
 def _state_dict(state: Any, path: Path) -> dict[str, Any]:
     """Return the innermost state dict of what a training tool has saved."""
-    while True:
+
+    def holds_tensors(value: Any) -> bool:
+        return isinstance(value, dict) and any(
+            isinstance(v, _Tensor | dict) for v in value.values()
+        )
+
+    for _ in range(8):  # a pickle may hold itself
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}, not a state dict")
-        inner = [k for k in (*_AVERAGES, *_HOLDERS) if isinstance(state.get(k), dict) and state[k]]
+        inner = [key for key in (*_AVERAGES, *_HOLDERS) if holds_tensors(state.get(key))]
         if not inner:
             return state
         if inner[0] in _AVERAGES:
             logging.getLogger(__name__).info("%s: %s, the averaged weights", path, inner[0])
         state = state[inner[0]]
+    raise ValueError("its state dict is in more than eight dicts")
 
 
 def _weights(state: dict[str, Any]) -> dict[str, Any]:
     """Leave out the batch counters, which nothing reads."""
-    return {n: entry for n, entry in state.items() if not str(n).endswith("num_batches_tracked")}
+    if odd := [name for name in state if not isinstance(name, str)]:
+        raise ValueError(f"an entry's name is {odd[0]!r}, not a string")
+    return {n: entry for n, entry in state.items() if not n.endswith("num_batches_tracked")}
 
 
 def _dtype(name: str) -> np.dtype:
@@ -150,7 +165,7 @@ def _strided(values: np.ndarray, tensor: "_Tensor") -> np.ndarray:
 
 
 class _Tensor(NamedTuple):
-    """Hold the description in a pickled tensor; the values are looked up later."""
+    """Hold the description of a pickled tensor; the values are looked up later."""
 
     storage: tuple
     offset: int

@@ -22,7 +22,7 @@ class Batches:
     """Arrays on the device in a fresh order an epoch, or somebody's iterable as it is.
 
     Attributes:
-      classes: how many the networks know; None until that is known.
+      classes: the number of classes that the networks tell apart; None until that is known.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Batches:
                 yield self._split(jnp.arange(len(labels)), 1), arrays
             if empty:
                 raise ValueError(
-                    f"data gave no batch in epoch {epoch + 1}: can it be iterated anew?"
+                    f"data gave no batch in epoch {epoch + 1}: can it be iterated again?"
                 )
             return
         order = self._order(epoch)
@@ -187,8 +187,8 @@ def steps_per_call(device, batches: Batches) -> int:
     """How many steps one call of the program makes.
 
     On an accelerator enough to hide its dispatch: a divisor of the epoch, so that one program
-    does, or where there is none 20 and a shorter last call. On the CPU one, for there a
-    convolution's backward pass inside a loop runs 20 to 50 times slower (measured: 47 ms a step
+    does, or where there is none 20 and a shorter last call. On the CPU one, because there a
+    convolution's backward pass inside a loop runs 20 to 50 times slower (measured: 47 ms per step
     alone, 1,600 ms in ``lax.scan``).
     """
     steps = batches.steps_per_epoch

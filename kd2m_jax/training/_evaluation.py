@@ -10,7 +10,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax.adapters import DEVICES, Apply, Network
-from kd2m_jax.training._examples import examples
+from kd2m_jax.losses._checks import integer_labels
+from kd2m_jax.training._examples import check_memory, examples
 from kd2m_jax.training._processes import summed
 from kd2m_jax.training._programs import shared
 
@@ -39,7 +40,13 @@ def make_eval_step(network: Network) -> Callable[..., dict[str, jax.Array]]:
       >>> print(sums["correct"], sums["count"])
       1 3
     """
-    return jax.jit(functools.partial(evaluation_sums, network.apply))
+    program = jax.jit(functools.partial(evaluation_sums, network.apply))
+
+    def eval_step(variables, batch):
+        x, labels = batch
+        return program(variables, (x, integer_labels(labels)))
+
+    return eval_step
 
 
 def evaluation_sums(apply: Apply, variables: Any, batch: Any) -> dict[str, jax.Array]:
@@ -65,6 +72,7 @@ def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: M
     """
     if data is None:
         return [lambda variables: {}] * len(networks)
+    check_memory("eval_data", data, mesh.devices.flat[0])
     x, labels = examples("eval_data", data, classes)
     # One shape for all batches, split over the devices; the last one is padded with labels that
     # do not count.

@@ -1,4 +1,4 @@
-"""What is asked of examples before they go to a device: data, batches and evaluation data alike."""
+"""Check examples before they go to a device: data, batches and evaluation data alike."""
 
 import os
 from collections.abc import Mapping
@@ -10,23 +10,25 @@ import numpy as np
 
 from kd2m_jax.losses._checks import integer_labels
 
-# (x, labels) or a dict of the two; x may be a pytree of arrays with one row an example.
+# (x, labels) or a dict of the two; x may be a pytree of arrays with one row per example.
 Arrays: TypeAlias = tuple[Any, Any] | Mapping[str, Any]
 
 _INPUTS, _LABELS = ("image", "x"), ("label", "labels", "y")
 
 
 def examples(what: str, given: Any, classes: int | None = None) -> tuple[Any, Any]:
-    """Return ``(x, labels)``; ValueError or TypeError, named after ``what``, for what is no such.
+    """Return ``(x, labels)`` as they are, checked.
 
-    Labels come as JAX's integers ``[n]`` (on the host where they were there), at least 0 and, where
-    that is known, below the number of classes. ``x`` comes as it is.
+    ValueError or TypeError, which begins with ``what``, for anything but inputs with one row per
+    example and labels ``[n]`` of integers from 0 on, below the number of classes where it is known.
     """
     x, labels = _pair(what, given)
     labels = labels if hasattr(labels, "shape") else np.asarray(labels)
+    if isinstance(labels, np.ma.MaskedArray) and labels.mask.any():
+        raise ValueError(f"{what}: labels are masked, and a mask does not leave examples out")
     if np.ndim(labels) != 1:
         column = np.ndim(labels) == 2 and np.shape(labels)[1] == 1
-        hint = "take labels[:, 0]" if column else "one class number an example, no one-hot rows"
+        hint = "take labels[:, 0]" if column else "one class number per example, no one-hot rows"
         raise ValueError(f"{what}: labels must be [n], got {list(np.shape(labels))}: {hint}")
     if len(labels) == 0:
         raise ValueError(f"{what} has no examples")
@@ -39,7 +41,7 @@ def examples(what: str, given: Any, classes: int | None = None) -> tuple[Any, An
         if rows != len(labels):
             inputs = "inputs without rows" if rows is None else f"{rows} inputs"
             raise ValueError(f"{what} has {inputs}, but {len(labels)} labels")
-        _check_width(what, leaf)
+        _check_numbers(what, leaf)
     if not jax.tree.leaves(x):
         raise ValueError(f"{what} has no inputs")
     check_classes(what, labels, classes)
@@ -58,7 +60,10 @@ def check_classes(what: str, labels: Any, classes: int | None) -> None:
 
 def check_memory(what: str, x: Any, device: Any) -> None:
     """Raise ValueError for arrays that the device cannot hold, before anything is copied."""
-    needed = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(x))
+    needed = 0
+    for leaf in jax.tree.leaves(x):
+        if isinstance(leaf, np.ndarray | jax.Array):
+            needed += leaf.size * dtype_of(leaf).itemsize
     there = (device.memory_stats() or {}).get("bytes_limit")
     if device.platform == "cpu" and hasattr(os, "sysconf"):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -71,7 +76,8 @@ def check_memory(what: str, x: Any, device: Any) -> None:
 
 def on_device(array: Any) -> jax.Array:
     """Return an array that JAX alone holds: a loader may write its next batch into this one's."""
-    return array if isinstance(array, jax.Array) else jnp.asarray(np.array(array))
+    own = jnp.array if isinstance(array, jax.Array) else np.array  # both copy
+    return jnp.asarray(own(array))
 
 
 def dtype_of(array: Any) -> Any:
@@ -90,7 +96,7 @@ def _pair(what: str, given: Any) -> tuple[Any, Any]:
             f"{what} is a dict of {', '.join(map(str, given))}: it needs one key of "
             f"{'/'.join(_INPUTS)} and one of {'/'.join(_LABELS)}"
         )
-    if isinstance(given, list) and any(isinstance(part, tuple | dict) for part in given):
+    if isinstance(given, list) and all(isinstance(part, tuple | list | dict) for part in given):
         raise ValueError(f"{what} must be (x, labels) arrays, got a list of batches")
     if hasattr(given, "shape") or not hasattr(given, "__len__") or len(given) != 2:
         kind = "one array" if hasattr(given, "shape") else f"a {type(given).__name__}"
@@ -98,11 +104,15 @@ def _pair(what: str, given: Any) -> tuple[Any, Any]:
     return given[0], given[1]
 
 
-def _check_width(what: str, x: Any) -> None:
-    """Raise ValueError for integers that JAX would cut to its own width."""
-    if isinstance(x, jax.Array) or np.asarray(x).dtype.kind not in "iu":
+def _check_numbers(what: str, x: Any) -> None:
+    """Raise an error for what is no number, and for integers that JAX would cut to its width."""
+    if isinstance(x, jax.Array):
         return
     x = np.asarray(x)
+    if x.dtype.kind in "USO":
+        raise TypeError(f"{what}: x must be numbers, got {x.dtype}")
+    if x.dtype.kind not in "iu":
+        return
     limits = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
     wider = x.dtype.itemsize > limits.bits // 8 and x.size
     if wider and (x.min() < limits.min or x.max() > limits.max):

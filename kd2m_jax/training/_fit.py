@@ -205,8 +205,10 @@ def fit(
         continues from it, in the middle of an epoch if need be, to the same result to the bit
         (CPU, same devices). Of an iterable it draws and discards the batches already used, so
         that holds for one that gives the same batches again. A run with another metric, option,
-        weight, coef, teacher, optimizer, seed or other arrays is refused; more ``epochs`` or
-        ``max_steps`` continue it, with a line that says that a schedule over them is another.
+        weight, coef, teacher, optimizer, seed or other arrays is refused; ``eval_data``,
+        ``preprocess`` and an iterable's batches are not compared. More ``epochs`` or
+        ``max_steps`` continue it, with a line that says that the default learning rate follows
+        their number; an optimizer of your own is the same only with the same schedule.
       save_every: seconds, >= 0. The run is saved after a call of the program when the last save
         is older than that, within an epoch too; 0 saves after every call. It is also saved at the
         end, on SIGTERM, on Ctrl-C, and when data or a callback raises. It decides no result.
@@ -257,6 +259,9 @@ def fit(
         save_every=save_every,
         seed=seed,
     )
+    # NumPy's numbers are as good, but no JSON.
+    epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)
+    per_class, max_steps = (None if n is None else int(n) for n in (per_class, max_steps))
     with without_mesh():
         students = Students.of(student, metric, coef, has_teacher=teacher is not None)
         plan = make_plan(

@@ -1,4 +1,4 @@
-"""What tells one run from another: what a resumed run must have in common with its checkpoint."""
+"""Compare a resumed run with its checkpoint: what decides a run's result, by values."""
 
 import dataclasses
 import hashlib
@@ -27,7 +27,7 @@ class Compared:
     """What decides the result of a run.
 
     Attributes:
-      metrics: one a student.
+      metrics: one per student.
       coefs: likewise.
       task_coef: the weight of the cross-entropy.
       teacher: its variables, or None.
@@ -70,9 +70,9 @@ class Compared:
                 found[f"{name} {_VERSIONS}"] = traced
         if self.optimizer is not None:
             found[f"optimizer {_VERSIONS}"] = _update(self.optimizer, self.params)
-        for name, arrays in (("teacher", self.teacher), ("data", self.data)):
-            if arrays is not None:
-                found[name] = _digest(arrays)
+        if self.teacher is not None:
+            found["teacher"] = _digest(self.teacher)
+        found["data"] = "an iterable" if self.data is None else _digest(self.data)
         return json.loads(json.dumps(found))
 
 
@@ -139,10 +139,10 @@ def _value(option: Any) -> Any:
 
 
 def _traced(function: Callable, *arguments: Any) -> str | None:
-    """Hash what a function computes for arguments of these shapes; None where it cannot be told."""
+    """Hash what a function computes for arguments of these shapes; None if it cannot be traced."""
     try:
         program = jax.make_jaxpr(function)(*arguments)
-    except Exception:  # it is the caller's, and says so itself when it is used
+    except Exception:  # the caller's own error, which appears when the function runs
         return None
     text = re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr))  # addresses, another in each process
     return hashlib.sha256((text + _digest(list(program.consts))).encode()).hexdigest()[:16]

@@ -85,7 +85,7 @@ class Students:
 
     @classmethod
     def of(cls, student, metric, coef, *, has_teacher: bool) -> "Students":
-        """Give what is no list to all students; ValueError where lists or teacher do not fit."""
+        """Repeat single values for every student; ValueError where lists or teacher do not fit."""
         several = (list, tuple)  # exactly: a Network is a NamedTuple
         lengths = {len(g) for g in (student, metric, coef) if type(g) in several}
         if type(metric) in several and type(coef) in several and type(student) not in several:
@@ -135,11 +135,12 @@ def check_numbers(
             raise ValueError(f"{name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= seed < 2**32:  # JAX would take its last 32 bits without a word
-        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
+    # JAX would take the last 32 bits of a larger one without a word.
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed!r}")
     if per_class is not None and (per_class < 1 or batch_size % per_class):
         raise ValueError(f"per_class must divide batch_size {batch_size}, got {per_class}")
-    if not save_every >= 0:
+    if not isinstance(save_every, int | float | np.number) or not save_every >= 0:
         raise ValueError(f"save_every must be >= 0 seconds, got {save_every}")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import pathlib
 import signal
 import time
@@ -70,6 +71,11 @@ class Session:
                 whose = plan.records[i].whose
                 raise NonFiniteLoss(f"the parameters{whose} are not finite after step {self.done}")
             plan.records[i].settle()
+            if not math.isfinite(scores[i].get("test_loss", 0)):
+                raise NonFiniteLoss(
+                    f"the test loss{plan.records[i].whose} is not finite after step {self.done}, "
+                    "and the parameters are: inputs of eval_data not finite?"
+                )
             if not scores[i] or scores[i]["test_accuracy"] > self._best_scores[i]:
                 self._best_is_new = True
                 self._best_scores[i] = scores[i].get("test_accuracy", -1.0)

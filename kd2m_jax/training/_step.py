@@ -6,11 +6,13 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from kd2m_jax.adapters import Apply, Network, Tree
 from kd2m_jax.losses import Metric, MetricSum, distillation_loss
+from kd2m_jax.losses._checks import integer_labels
 from kd2m_jax.losses._metrics import resolve
 from kd2m_jax.outputs import Outputs
 from kd2m_jax.training._auto_coef import auto_ratio, balanced_gradients
@@ -206,7 +208,11 @@ def objective(
         if not callable(task_coef) and task_coef == 0:
             raise ValueError("coef='auto' follows the cross-entropy's gradient: task_coef is 0")
     for name, weight in (("coef", coef), ("task_coef", task_coef)):
-        if not callable(weight) and not weight >= 0:
+        if callable(weight):
+            continue
+        if weight is None or isinstance(weight, str) or np.shape(weight) != ():
+            raise ValueError(f"{name} must be a number >= 0 or a schedule, got {weight!r}")
+        if not weight >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
     return Objective(metric=metric, coef=coef, task_coef=task_coef, ratio=ratio)
 
@@ -341,12 +347,22 @@ def apart(step: Any) -> Step:
     """
 
     def call(state, teacher_variables, batch):
-        donated = {id(leaf) for leaf in jax.tree.leaves(state)}
-        if any(id(leaf) in donated for leaf in jax.tree.leaves(teacher_variables)):
+        donated = set(map(_buffer, jax.tree.leaves(state)))
+        if any(_buffer(leaf) in donated for leaf in jax.tree.leaves(teacher_variables)):
             teacher_variables = owned(teacher_variables)
-        return step(state, teacher_variables, batch)
+        x, labels = batch
+        return step(state, teacher_variables, (x, integer_labels(labels)))
 
     return call
+
+
+def _buffer(array: Any) -> int:
+    """Return where an array lies: two objects may be one piece of memory."""
+    try:
+        shards = array.addressable_shards
+        return (shards[0].data if len(shards) > 1 else array).unsafe_buffer_pointer()
+    except (AttributeError, ValueError, RuntimeError, NotImplementedError, TypeError):
+        return id(array)  # traced, NumPy's, or keys
 
 
 def _like(new: Any, old: Any) -> Any:
@@ -356,7 +372,7 @@ def _like(new: Any, old: Any) -> Any:
     """
     pairs, structure = jax.tree_util.tree_flatten_with_path(old)
     found = dict(jax.tree_util.tree_leaves_with_path(new))
-    leaves = [found.get(path, leaf) for path, leaf in pairs]
+    leaves = [jnp.asarray(found.get(path, leaf)) for path, leaf in pairs]
     leaves = [
         x if x.dtype == leaf.dtype else x.astype(leaf.dtype)
         for x, (_, leaf) in zip(leaves, pairs, strict=True)

@@ -10,6 +10,7 @@ from torch_files import (
     make_net,
     pickled_dict,
     pickled_state,
+    pickled_tensor,
     plain,
     torch_state,
     write_pth,
@@ -159,3 +160,43 @@ def twice(header):
 def test_a_safetensors_header_that_lies_is_refused(edit, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         loaded(edited(tmp_path / "a.safetensors", edit))
+
+
+def test_a_storage_is_read_once_however_it_is_named(tmp_path, monkeypatch):
+    """Thousands of tensors of one storage, each of another size, could take 6 GB."""
+    tensors = {
+        f"t{i}": pickled_tensor("FloatStorage", "0", 100 - i, 0, (5,), (1,)) for i in range(9)
+    }
+    path = write_pth(tmp_path / "a.pth", pickled_dict(tensors), {"0": bytes(400)})
+    read, names = zipfile.ZipFile.read, []
+    monkeypatch.setattr(
+        zipfile.ZipFile, "read", lambda self, name: names.append(name) or read(self, name)
+    )
+    assert len(_torch_files.read_tensors(path)) == 9
+    assert names.count("archive/data/0") == 1
+
+
+def test_a_pickle_that_holds_itself_ends(tmp_path):
+    body = b"}q\x00(Vmodel\nh\x00Vx\n}u"
+    with pytest.raises(ValueError, match=r"more than eight dicts|not a tensor"):
+        loaded(write_pth(tmp_path / "a.pth", body))
+
+
+def test_counters_and_settings_beside_the_weights_are_left_out(tmp_path):
+    """As torch.optim.swa_utils.AveragedModel and EMA helpers write them."""
+    state = torch_state()
+    body, storages = pickled_state(state, prefix="module.")
+    items = {"n_averaged": pickled_tensor("LongStorage", "n", 1, 0, (), ())}
+    whole = pickled_dict({"ema": plain({"decay": 0.99}), "model": body})
+    path = write_pth(tmp_path / "a.pth", whole, storages)
+    np.testing.assert_array_equal(loaded(path), state["fc.bias"])
+    # Beside the network itself, in one dict.
+    entries = body[: -len(b"u")] + plain("n_averaged") + items["n_averaged"] + b"u"
+    path = write_pth(tmp_path / "b.pth", entries, storages | {"n": bytes(8)})
+    np.testing.assert_array_equal(loaded(path), state["fc.bias"])
+
+
+def test_names_that_are_no_strings_are_named(tmp_path):
+    body = pickled_dict({3: pickled_tensor("FloatStorage", "0", 5, 0, (5,), (1,))})
+    with pytest.raises(ValueError, match="an entry's name is 3, not a string"):
+        loaded(write_pth(tmp_path / "a.pth", body, {"0": bytes(20)}))

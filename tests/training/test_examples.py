@@ -8,7 +8,7 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import Network, Outputs, fit, models
+from kd2m_jax import Network, NonFiniteLoss, Outputs, fit, models
 
 N, D = 48, 4
 
@@ -29,7 +29,7 @@ def run(student, given, **options):
 X, Y = data()
 FAULTS = [
     ((X, Y[:, None]), r"labels must be \[n\], got \[48, 1\]: take labels\[:, 0\]"),
-    ((X, np.eye(3)[Y]), "one class number an example, no one-hot rows"),
+    ((X, np.eye(3)[Y]), "one class number per example, no one-hot rows"),
     ((X, Y[:40]), "48 inputs, but 40 labels"),
     ((X[:40], Y), "40 inputs, but 48 labels"),
     ((X, np.where(Y == 2, -1, Y)), "labels must be class numbers from 0 to 2, got -1"),
@@ -41,6 +41,9 @@ FAULTS = [
     (({}, Y), "has no inputs"),
     (({"ids": X, "mask": X[:40]}, Y), "40 inputs, but 48 labels"),
     ((np.full((N, D), 2**40), Y), "x has integers that do not fit into 32 bits"),
+    (([["1", "2", "3", "4"]] * N, Y), "inputs without rows"),
+    ((np.full((N, D), "1"), Y), "x must be numbers, got <U1"),
+    ((X, np.ma.masked_array(Y, Y == 2)), "labels are masked"),
     ({"image": X}, "is a dict of image: it needs one key of image/x and one of label/labels/y"),
     ({"image": X, "x": X, "label": Y}, "is a dict of image, x, label"),
 ]
@@ -153,6 +156,12 @@ def test_data_beyond_the_memory_is_refused_before_it_is_copied():
         ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
         ({"seed": 2**32}, r"seed must be from 0 to 2\*\*32 - 1, got 4294967296"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"seed": None}, "seed must be from 0 to .*, got None"),
+        ({"seed": 1.5}, "seed must be from 0 to .*, got 1.5"),
+        ({"save_every": None}, "save_every must be >= 0 seconds, got None"),
+        ({"task_coef": None}, "task_coef must be a number >= 0 or a schedule, got None"),
+        ({"task_coef": "0.5"}, "task_coef must be a number >= 0 or a schedule, got '0.5'"),
+        ({"coef": np.array([0.1, 1.0])}, "coef must be a number >= 0 or a schedule"),
     ],
 )
 def test_numbers_out_of_range(options, message):
@@ -186,3 +195,40 @@ def test_a_network_that_returns_something_else(outputs, message):
     bad = Network(lambda key, x: ({}, {}), lambda p, s, x, *, train, rng=None: (outputs(x), s))
     with pytest.raises(TypeError, match=message):
         run(bad, data())
+
+
+def test_numbers_may_be_numpys(tmp_path):
+    numbers = {"seed": 1, "batch_size": 16, "epochs": 2, "max_steps": 4, "per_class": 4}
+    expected = fit(mlp(), data(), **numbers).history
+    numpys = {name: np.int64(value) for name, value in numbers.items()}
+    assert fit(mlp(), data(), checkpoint_dir=tmp_path, **numpys).history == expected
+
+
+def test_evaluation_data_beyond_the_memory_is_refused_too():
+    huge = np.broadcast_to(np.zeros((1, D), np.float32), (10**12, D))
+    with pytest.raises(ValueError, match="eval_data takes"):
+        run(mlp(), data(), eval_data=(huge, np.broadcast_to(np.zeros(1, np.int32), 10**12)))
+
+
+def test_evaluation_data_that_is_not_finite_is_named():
+    with pytest.raises(NonFiniteLoss, match=r"the test loss is not finite after step 3, and the"):
+        run(mlp(), data(), eval_data=(np.full_like(X, np.nan), Y))
+
+
+class Aliasing(OneBuffer):
+    """A loader that puts its buffer on the device itself, where JAX may keep the very buffer."""
+
+    def __iter__(self):
+        for x, labels in super().__iter__():
+            yield jax.device_put(x), jax.device_put(labels)
+
+
+def test_device_arrays_of_a_loader_are_copied_too():
+    fresh = [(X[i : i + 16].copy(), Y[i : i + 16].copy()) for i in range(0, N, 16)]
+    assert run(mlp(), Aliasing()).history == run(mlp(), fresh).history
+
+
+def test_batches_may_be_lists_of_a_dict_and_labels():
+    """As torch collates a pair of a dict and a label."""
+    batch = [{"ids": X[:16], "mask": 0 * X[:16]}, Y[:16]]
+    assert run(summing(), [batch]).history[-1]["step"] == 1

@@ -1,5 +1,8 @@
 """What a resumed run compares with its checkpoint: values, whatever their spelling."""
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,10 +135,18 @@ def test_a_finished_run_goes_on_for_more_epochs_and_says_what_that_means(tmp_pat
     assert "for 2 steps and is continued to 6" in record.message
 
 
-@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run"])
+def test_an_iterable_does_not_continue_what_arrays_began(tmp_path):
+    run(tmp_path)
+    rng = np.random.default_rng(0)
+    batches = [(rng.normal(size=(16, 4)).astype(np.float32), np.arange(16) % 3)] * 2
+    with pytest.raises(CheckpointError, match=r"data .* -> an iterable"):
+        fit(mlp(0), batches, teacher=mlp(1), metric="jw2", checkpoint_dir=tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run")])
 def test_a_folder_elsewhere_is_refused_before_the_first_step(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
-    with pytest.raises(CheckpointError, match=f"{folder} is no local folder"):
+    with pytest.raises(CheckpointError, match=f"{os.fspath(folder)} is no local folder"):
         run(folder, callbacks=[seen.append])
     assert not seen and not list(tmp_path.iterdir())

@@ -246,3 +246,67 @@ def test_mistakes_are_named():
     network = from_linen(OnlyLogits())
     with pytest.raises(TypeError, match=r"OnlyLogits must return kd2m_jax\.Outputs"):
         network.apply(*network.init(jax.random.key(0), batch[0]), batch[0], train=False)
+
+
+class OfCopies(nnx.Module):
+    """Layers made by vmap, with a dropout each: their random streams have several keys."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap
+        def layers(rngs):
+            return nnx.Dropout(0.5, rngs=rngs)
+
+        self.drop, self.head = layers(rngs), nnx.Linear(D, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        dropped = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.drop, x)
+        features = dropped.mean(0)
+        return features, self.head(features)
+
+
+class Counting(nnx.Module):
+    """State that a call sets to a plain number."""
+
+    def __init__(self, rngs):
+        self.head, self.seen = nnx.Linear(D, CLASSES, rngs=rngs), nnx.Variable(jnp.zeros((), int))
+
+    def __call__(self, x):
+        self.seen.set_value(x.shape[0]) if hasattr(self.seen, "set_value") else None
+        return x, self.head(x)
+
+
+@pytest.mark.parametrize("network", [OfCopies, Counting])
+def test_networks_of_other_kinds_step_twice(network):
+    (x, labels), _, _ = setting()
+    network, optimizer = from_nnx(network(nnx.Rngs(0))), optax.sgd(0.1)
+    step = kd2m_jax.make_train_step(network, None, optimizer, metric=None)
+    state = init_state(network, optimizer, x, key=jax.random.key(0))
+    for _ in range(2):
+        state, metrics = step(state, None, (x, labels))
+    assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    "make", [kd2m_jax.make_train_step, kd2m_jax.pmap_step, kd2m_jax.shard_map_step]
+)
+def test_labels_that_jax_would_cut_are_refused_in_ones_own_loop(make):
+    (x, labels), _, _ = setting()
+    network, optimizer = from_nnx(NnxNet(rngs=nnx.Rngs(0))), optax.sgd(0.1)
+    state = init_state(network, optimizer, x, key=jax.random.key(0))
+    ids = np.asarray(labels, np.int64) + 2**32
+    with pytest.raises(ValueError, match="do not fit into 32 bits"):
+        make(network, None, optimizer, metric=None)(state, None, (x, ids))
+    with pytest.raises(ValueError, match="do not fit into 32 bits"):
+        kd2m_jax.make_eval_step(network)(network.init(None, x), (x, ids))
+
+
+def test_a_teacher_on_the_students_own_memory():
+    """Another object and the same buffer: donated and read in one call."""
+    (x, labels), _, _ = setting()
+    network, optimizer = from_nnx(NnxNet(rngs=nnx.Rngs(0))), optax.sgd(0.1)
+    step = kd2m_jax.make_train_step(network, network, optimizer, metric="l2", coef=0.1)
+    state = init_state(network, optimizer, x, key=jax.random.key(0))
+    alias = jax.tree.map(lambda a: jax.device_put(a, a.sharding), state.variables)
+    _, metrics = step(state, alias, (x, labels))
+    assert np.isfinite(metrics["loss"])
