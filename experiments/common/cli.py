@@ -1,10 +1,10 @@
 """The command line that every main shares: flags with defaults, and one line for a mistake."""
 
-import collections
 import itertools
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
@@ -36,7 +36,6 @@ def main(
 ) -> None:
     """Read the command line over these defaults and run; a mistake is one line and status 2."""
     arguments = [_expanded(argument) for argument in sys.argv[1:]]
-    _refuse_repeated(arguments)
     _refuse_addresses(arguments)
     settings = tyro.cli(
         type(defaults),
@@ -46,8 +45,7 @@ def main(
         description=_summary(description or ""),
     )
     prepare_jax()
-    # Orbax logs the traceback of an error by it that it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _quiet_threads()
     # Only now, because these load JAX, which --help does not need and the cache must precede.
     from kd2m_jax import CheckpointError, NonFiniteLoss, Stopped
     from kd2m_jax.internal import ProcessLost
@@ -81,13 +79,16 @@ def main(
         sys.exit(1)
 
 
-def _refuse_repeated(arguments: list[str]) -> None:
-    """End with one line where a flag is given twice: the last one would win without a word."""
-    flags = [a.partition("=")[0].replace("_", "-") for a in arguments if a.startswith("--")]
-    for flag, count in collections.Counter(flags).items():
-        if count > 1:
-            _fail(f"{flag} is given {count} times")
-            sys.exit(2)
+def _quiet_threads() -> None:
+    """Leave an error that orbax raises to who catches it: its threads print tracebacks, too."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def hook(unraisable) -> None:
+        if threading.current_thread() is threading.main_thread():
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _refuse_addresses(arguments: list[str]) -> None:

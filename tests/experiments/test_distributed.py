@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -102,7 +103,8 @@ def test_one_that_ends_stops_the_other_and_resume_goes_on(
     ended = finish(processes, timeout=60)
     for (status, *_), expected in zip(ended, statuses, strict=True):
         assert status != 0 if expected is None else status == expected, ended
-    assert message in ended[1 - which][2]
+    # Whichever notices first: the collective under way, or the coordinator.
+    assert re.search(f"{message}|broke off", ended[1 - which][2])
     assert "with --resume, continues" in ended[1][2]
     assert len(read_metrics(out)) < len(alone)
     first, second = finish(start_two(out, "--resume"))
