@@ -142,7 +142,7 @@ def oracle(name, x, y, labels, **options):
 @shapes
 @by_class
 @pytest.mark.parametrize("name", ["gaussian_w2", "gaussian_kl"])
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("side", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_second_derivatives(n, d, classes, name, side):
     """Hessian-vector products, forward and reverse over reverse; they were off by 64% to 183%."""
     rng = np.random.default_rng(0)

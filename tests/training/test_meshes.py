@@ -62,7 +62,12 @@ slow = pytest.mark.slow
 )
 @pytest.mark.parametrize(
     "run",
-    [by_fit, by_step(make_train_step), by_step(pmap_step), by_step(shard_map_step)],
+    [
+        by_fit,
+        pytest.param(by_step(make_train_step), marks=slow),
+        pytest.param(by_step(pmap_step), marks=slow),
+        by_step(shard_map_step),
+    ],
     ids=["fit", "train", "pmap", "shard_map"],
 )
 def test_a_mesh_of_the_callers_changes_nothing(run, split, kind):

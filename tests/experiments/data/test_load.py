@@ -194,8 +194,9 @@ def test_progress_bars(progress, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     ("name", "count", "last_class"),
-    [("mnist", 60_000, "9"), pytest.param("cifar10", 50_000, "truck", marks=pytest.mark.slow)],
+    [("mnist", 60_000, "9"), ("cifar10", 50_000, "truck")],
 )
+@pytest.mark.slow
 def test_real_data(name, count, last_class):
     shared = pathlib.Path(__file__).parents[3] / "../shared/data/tfds"
     root = pathlib.Path(os.environ.get("KD2M_DATA_DIR", shared))

@@ -109,7 +109,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+seldom = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("empty", "null")]
+
+
+@pytest.mark.parametrize("kind", ["cut", "a list", "not UTF-8", *seldom])
 def test_a_resumed_run_uses_what_is_good_and_says_what_is_not(
     kind, whole, monkeypatch, capsys, tmp_path
 ):

@@ -82,6 +82,7 @@ def test_a_table_that_is_stopped_goes_on_where_it_was(monkeypatch, capsys, tmp_p
     assert [r["step"] for r in lines if r["phase"] == "distilled"][-1] == 30
 
 
+@pytest.mark.slow
 def test_lambda_0_is_the_student_alone_to_the_bit(monkeypatch, tmp_path):
     """The same initialisation and the same batches, which is what pairing by seed rests on."""
     in_process(monkeypatch, *TINY[:-1], f"--out={tmp_path}", "--seeds=1", "--epochs=1",
@@ -98,6 +99,7 @@ def test_lambda_0_is_the_student_alone_to_the_bit(monkeypatch, tmp_path):
     assert alone == distilled and len(alone) > 1
 
 
+@pytest.mark.slow
 def test_a_cell_with_the_published_weights_is_reused(monkeypatch, tmp_path):
     flags = [*TINY, f"--out={tmp_path}", "--seeds=1", "--metrics", "kd=published"]
     in_process(monkeypatch, *flags)
