@@ -13,6 +13,12 @@ from jax.typing import DTypeLike
 from kd2m_jax._compat import layer_list
 
 
+def check_array(network: str, x: Any) -> None:
+    """Raise TypeError for a pytree of arrays: these networks take one."""
+    if not hasattr(x, "shape"):
+        raise TypeError(f"{network} takes one array, got a {type(x).__name__}")
+
+
 def conv(
     in_width: int, width: int, kernel: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Conv:

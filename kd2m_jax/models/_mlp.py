@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kd2m_jax._compat import layer_list
-from kd2m_jax.models._layers import head, linear
+from kd2m_jax.models._layers import check_array, head, linear
 from kd2m_jax.outputs import Outputs
 
 
@@ -58,6 +58,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> Outputs:
         """Map ``[n, ...]`` examples to ``Outputs``, without maps."""
+        check_array("MLP", x)
         if math.prod(x.shape[1:]) != self.in_features:
             raise ValueError(f"expected {self.in_features} values per example, got {x.shape[1:]}")
         x = x.reshape(len(x), -1)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kd2m_jax._compat import layer_list
-from kd2m_jax.models._layers import conv, head, norm, shortcut
+from kd2m_jax.models._layers import check_array, conv, head, norm, shortcut
 from kd2m_jax.outputs import Outputs
 
 
@@ -171,6 +171,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> Outputs:
         """Map ``[n, h, w, in_channels]`` images to ``Outputs``, with one map per stage."""
+        check_array("ResNet", x)
         if x.ndim != 4 or x.shape[-1] != self.in_channels:
             raise ValueError(f"expected images [n, h, w, {self.in_channels}], got {x.shape}")
         x = nnx.relu(self.bn1(self.conv1(x))).astype(self.dtype)

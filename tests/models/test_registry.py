@@ -79,3 +79,10 @@ def test_wrong_arguments_are_named():
         abstract("mlp-64-0")
     with pytest.raises(ValueError, match=r"expected 64 values per example, got \(8, 8, 3\)"):
         abstract("mlp-4")(jnp.ones((2, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("name", ["mlp-8-4", "resnet8"])
+def test_inputs_that_are_several_arrays_are_named(name):
+    net = models.build(name, num_classes=3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"(MLP|ResNet) takes one array, got a dict"):
+        net({"ids": jnp.ones((2, 8, 8, 1)), "mask": jnp.ones((2, 8, 8, 1))})
