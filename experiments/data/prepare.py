@@ -10,6 +10,7 @@ import gzip
 import io
 import pathlib
 import shlex
+import shutil
 import sys
 import tarfile
 import threading
@@ -61,6 +62,7 @@ def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
         wrong = str(error).splitlines()[0].rstrip(":")
         raise DataError(f"{wrong}.\nDelete the file and run the same command again.") from error
     except (requests.RequestException, ConnectionError, tfds.download.DownloadError) as error:
+        _tidy(root, spec.source)
         raise DataError(_how_to_get(spec, root, error)) from error
     except (OSError, CheckpointError) as error:
         raise DataError(
@@ -68,6 +70,17 @@ def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
             "Name another folder with --data-dir.\n"
             "To run without it: python -m experiments.digits"
         ) from error
+
+
+def _tidy(root: pathlib.Path, source: str) -> None:
+    """Remove what a failed download leaves: halves of archives, a lock, folders with nothing."""
+    downloads = root / "downloads"
+    for half in downloads.glob(f"{source}/*.tmp.*"):
+        shutil.rmtree(half, ignore_errors=True)
+    (root / source / ".lock").unlink(missing_ok=True)
+    for folder in (downloads / source, downloads / "extracted", downloads, root / source):
+        with contextlib.suppress(OSError):  # it is not there, or holds something
+            folder.rmdir()
 
 
 def _how_to_get(spec: Spec, root: pathlib.Path, error: Exception) -> str:

@@ -108,9 +108,14 @@ class RunConfig:
         return {key: values for key, values in both.items() if values[0] != values[1]}
 
     @property
+    def makes_teacher(self) -> dict[str, Any]:
+        """Return the settings that make the teacher."""
+        return {key: getattr(self, key) for key in _MAKES_TEACHER}
+
+    @property
     def teacher_name(self) -> str:
         """Name the teacher's folder in the cache: its network and the hash of all that makes it."""
-        values = json.dumps({key: getattr(self, key) for key in _MAKES_TEACHER})
+        values = json.dumps(self.makes_teacher)
         digest = hashlib.sha256(values.encode()).hexdigest()[:12]
         return f"{self.dataset}-{self.teacher}-{digest}"
 

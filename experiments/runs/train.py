@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from experiments.common import files
 from experiments.common.errors import UsageError
 from experiments.data.load import load
 from experiments.data.specs import Dataset
@@ -93,6 +94,8 @@ def distil(settings: Settings, dataset: Dataset, folder: RunFolder | None = None
         cache = folder.teacher(plan.config)
         # Several runs share a teacher: one trains it, the others wait.
         with held_by_first(locked(cache / ".training", waiting=print)):
+            # A cached teacher says what made it.
+            by_first(lambda: files.write_json(cache / "made_by.json", plan.config.makes_teacher))
             teacher = phase("teacher", plan.teacher, cache).student
         phase("student", plan.student, folder.student)
         if plan.metric is not None:

@@ -97,7 +97,7 @@ def _pair(what: str, given: Any) -> tuple[Any, Any]:
             f"{'/'.join(_INPUTS)} and one of {'/'.join(_LABELS)}"
         )
     if isinstance(given, list) and all(isinstance(part, tuple | list | dict) for part in given):
-        raise ValueError(f"{what} must be (x, labels) arrays, got a list of batches")
+        raise ValueError(f"{what} must be (x, labels) arrays, got a list of batches: join them")
     if hasattr(given, "shape") or not hasattr(given, "__len__") or len(given) != 2:
         kind = "one array" if hasattr(given, "shape") else f"a {type(given).__name__}"
         raise ValueError(f"{what} must be (x, labels) or a dict of image and label, got {kind}")

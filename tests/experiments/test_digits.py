@@ -62,7 +62,9 @@ def check_folder(run, networks):
     assert "curves.png" in text and "jw2" in text and env["packages"]["jax"] in text
     assert (run / "curves.png").stat().st_size > 10_000
     assert len(list((run / "tensorboard").glob("*/events*"))) == 3
-    assert len(list((run.parent / "teachers").iterdir())) == 1
+    (teacher,) = (run.parent / "teachers").iterdir()
+    made_by = json.loads((teacher / "made_by.json").read_text())
+    assert made_by.items() <= config.items() and made_by["teacher"] == networks[0]
     return lines
 
 

@@ -61,6 +61,7 @@ def test_data_that_is_not_there_is_status_2_with_both_ways_out(tmp_path):
     assert done.returncode == 2
     assert "python -m experiments.digits" in done.stderr and "experiments.cifar" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*"))  # and nothing is left behind
 
 
 def cifar_run(monkeypatch, tmp_path, name, *flags):
