@@ -38,7 +38,7 @@ def pytest_collection_finish(session):
 
 
 # Of the 65,530 pieces of memory that Linux lets a process map. Each compiled program maps some.
-MOST_MAPS = 40_000
+MOST_MAPS = 30_000
 
 
 @pytest.fixture(autouse=True, scope="module")
