@@ -49,5 +49,6 @@ def forget(program: Any) -> None:
         from jax._src.pmap import _cached_shard_map
     except ImportError:  # another jax: then there is nothing to let go, or no way to
         return
-    if hasattr(program, "__wrapped__"):
-        _cached_shard_map.evict_function(program.__wrapped__)  # pyright: ignore
+    evict = getattr(_cached_shard_map, "evict_function", None)
+    if evict is not None and hasattr(program, "__wrapped__"):
+        evict(program.__wrapped__)

@@ -80,7 +80,7 @@ def main(
 
 
 def _quiet_threads() -> None:
-    """Leave an error that orbax raises to who catches it: its threads print tracebacks, too."""
+    """Leave an error of orbax to whoever catches it: its threads print tracebacks as well."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
