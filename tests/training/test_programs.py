@@ -30,6 +30,13 @@ def mlp(seed, width=6):
     return models.MLP((8, width), 3, in_features=D, rngs=nnx.Rngs(seed))
 
 
+@pytest.fixture(autouse=True)
+def _none_kept_yet():
+    """Tests that came before may have filled the place for programs, and then each takes one's."""
+    for key in list(_programs._programs):
+        _programs._forget(key)
+
+
 @pytest.fixture
 def traces():
     """Make a preprocess that counts how often a training step is traced."""
