@@ -32,7 +32,7 @@ def mlp(seed, width=6):
 
 @pytest.fixture(autouse=True)
 def _none_kept_yet():
-    """Tests that came before may have filled the place for programs, and then each takes one's."""
+    """Make room: earlier tests may have filled it, and then each program takes another's place."""
     for key in list(_programs._programs):
         _programs._forget(key)
 
