@@ -74,8 +74,6 @@ def assign(cost: jax.Array) -> Assignment:
     """
     n = cost.shape[0]
     width = s.padded(n)
-    if jax.typeof(cost).sharding.mesh.explicit_axes:  # a row is read whole, by every device
-        cost = jax.sharding.reshard(cost, jax.sharding.PartitionSpec(None, None))
 
     # One problem after the other: under vmap, a scan of one row would become a gather.
     @jax.custom_batching.sequential_vmap
@@ -84,7 +82,12 @@ def assign(cost: jax.Array) -> Assignment:
             cost = jnp.pad(cost, ((0, 0), (0, width - n)), constant_values=jnp.inf)
         return _solve(cost)
 
-    return solve(cost)
+    mesh = jax.typeof(cost).sharding.mesh
+    if not mesh.explicit_axes:
+        return solve(cost)
+    # A row is read whole, by every device; and the caller may not have set the mesh.
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(solve)(jax.sharding.reshard(cost, jax.sharding.PartitionSpec(None, None)))
 
 
 def _solve(cost: jax.Array) -> Assignment:
@@ -92,7 +95,9 @@ def _solve(cost: jax.Array) -> Assignment:
     # "like" the costs, here and below: so that shard_map knows which devices hold different ones.
     nobody = jnp.full_like(cost[0], n, s.INT)
     prices, zero = jnp.zeros_like(cost[0]), 0 * nobody[0]
-    steps = _spread(cost) * np.asarray(INCREMENTS, cost.dtype)
+    # Not as one array: a constant array in here fails where a choice is batched (vmap of cond).
+    spread = _spread(cost)
+    steps = jnp.stack([spread * increment for increment in INCREMENTS])
 
     def attempt(state):  # the first without auctions, the second with them
         attempt, pairing, searches = state

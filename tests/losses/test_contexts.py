@@ -36,16 +36,11 @@ def assert_close(found, expected):
 
 # Compiling is what these tests wait for: each is fast for the metrics whose code its context
 # touches most, and walks the rest with the slow tests.
-def walked(fast, failing=()):
-    """Return the variants as pytest's parameters, fast for a few metrics by default.
-
-    ``failing`` are the solvers that are known not to work in this context.
-    """
-    xfail = pytest.mark.xfail(raises=ValueError, strict=True, reason="loops of the assignment")
+def walked(fast):
+    """Return the variants as pytest's parameters, fast for a few metrics by default."""
     given = []
     for name, options in VARIANTS:
         marks = [] if name in fast and not options else [pytest.mark.slow]
-        marks += [xfail] if options.get("solver") in failing else []
         given.append(pytest.param(name, options, id=label(name, options), marks=marks))
     return pytest.mark.parametrize(("name", "options"), given)
 
@@ -68,7 +63,7 @@ def test_inside_ones_own_shard_map(name, options):
         assert_close((values[k], rows(grads)), both(rows(networks), labels[mine]))
 
 
-@walked(("cw2", "sw2", "gaussian-w2"), failing=("exact", "auto"))
+@walked(("cw2", "sw2", "gaussian-w2"))
 def test_batch_split_over_an_explicit_mesh(name, options):
     """The loss is that of the whole batch, and a gradient is split as its array is."""
     both, given = value_and_grad(name, options), arrays()
