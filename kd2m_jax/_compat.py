@@ -8,11 +8,23 @@ from collections.abc import Iterable, MutableSequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # jax < 0.8 has it in jax.experimental alone, and later ones not there.
 enable_x64: Any = getattr(jax, "enable_x64", None)
 if enable_x64 is None:
     from jax.experimental import enable_x64  # pyright: ignore
+
+
+def one_like(array: jax.Array, value: jax.Array) -> jax.Array:
+    """Return ``[1]`` with this value, of an array's dtype and placed as it is.
+
+    full_like of jax < 0.8 fails on a value that varies over the devices of a shard_map; there
+    arrays of an explicit mesh are not supported.
+    """
+    if jax.__version_info__ < (0, 8):
+        return jnp.asarray(value, array.dtype).reshape(1)
+    return jnp.full_like(array, value, shape=(1,))
 
 
 def layer_list(layers: Iterable[Any] = ()) -> MutableSequence[Any]:

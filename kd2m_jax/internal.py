@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kd2m_jax.losses._polar import by_products as by_products
     from kd2m_jax.losses._polar import by_svd as by_svd
     from kd2m_jax.losses._polar import tolerance as tolerance
+    from kd2m_jax.losses._solvers import DEFAULT_SOLVER as DEFAULT_SOLVER
     from kd2m_jax.models._torch_weights import local_file as local_file
     from kd2m_jax.training._auto_coef import auto_ratio as auto_ratio
     from kd2m_jax.training._batches import Batches as Batches
@@ -60,6 +61,7 @@ _HOMES = {
     "Records": "training._records",
     "local_file": "models._torch_weights",
     "did_you_mean": "losses._checks",
+    "DEFAULT_SOLVER": "losses._solvers",
     "by_products": "losses._polar",
     "by_svd": "losses._polar",
     "tolerance": "losses._polar",

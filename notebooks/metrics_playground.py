@@ -306,7 +306,7 @@ for name, z in [("(before)", z_s), *((name, path[-1]) for name, path in paths.it
 figure, axes = grid(1, 3)
 print(f"{'epsilon':>8}{'w2':>9}{'iterations':>12}")
 for axis, epsilon in zip(axes.flat, (0.01, 0.3, 3.0), strict=True):
-    value, info = losses.w2(z_s, z_t, epsilon=epsilon, has_aux=True)
+    value, info = losses.w2(z_s, z_t, solver="sinkhorn", epsilon=epsilon, has_aux=True)
     scatter(axis, z_s, z_t, title=f"ε = {epsilon}: {value:.2f}")
     draw_coupling(axis, info.coupling, z_s, z_t, tint=0.6)
     print(f"{epsilon:>8}{value:>9.3f}{info.n_iters:>12}")

@@ -14,12 +14,11 @@ from flax import nnx
 from experiments.common.errors import UsageError
 from experiments.data.augment import preprocess
 from experiments.data.specs import Dataset
-from experiments.runs.configuration import RunConfig, configuration
+from experiments.runs.configuration import RunConfig, configuration, solver_unsaid, terms_of
 from experiments.runs.folder import ALONE
 from experiments.runs.protocols import PROTOCOLS
 from experiments.runs.settings import Settings
-from kd2m_jax import Network, Outputs, losses, models, projected
-from kd2m_jax.internal import steps_per_epoch
+from kd2m_jax import Network, Outputs, internal, losses, models, projected
 
 Metric = losses.Metric | losses.MetricSum
 Coef = float | str | Callable[[jax.Array], jax.Array]
@@ -121,7 +120,7 @@ def build(settings: Settings | RunConfig, dataset: Dataset) -> Plan:
     if metric is not None:
         distilled, projectors = with_projector(student, teacher, dataset, metric)
     try:
-        per_epoch = steps_per_epoch(dataset.train[1], config.batch_size, config.per_class)
+        per_epoch = internal.steps_per_epoch(dataset.train[1], config.batch_size, config.per_class)
     except ValueError as error:
         raise UsageError(f"--per-class: {error}") from error
     return Plan(
@@ -161,10 +160,33 @@ def check_names(settings: Settings) -> None:
 def _metric(config: RunConfig) -> Metric | None:
     if config.metric == ALONE:
         return None
-    metric = losses.get_metric(config.metric)
+    given = losses.get_metric(config.metric)
+    metric = losses.get_metric("+".join(_with_solver(t, config.solver) for t in terms_of(given)))
     if isinstance(metric, losses.MetricSum) and len(config.coef) > 1:
         return losses.metric_sum(metric.metrics, [float(weight) for weight in config.coef])
     return metric  # auto weighs a sum as one
+
+
+def _with_solver(term: losses.Metric, solver: str) -> str:
+    """Write a metric with the solver of its run, where that is not the default any more."""
+    if solver == internal.DEFAULT_SOLVER or not solver_unsaid(term):
+        return term.written
+    return f"{term.written}:solver={solver}"
+
+
+def solvers(metric: Metric | None) -> dict[str, str]:
+    """Return, for env.json, the solver that runs here for each term that has one."""
+    found = {}
+    for term in terms_of(metric):
+        options = dict(term.options)
+        if solver_unsaid(term):
+            options["solver"] = internal.DEFAULT_SOLVER
+        if options.get("solver") == "auto":  # a batch has as many of both
+            exact = jax.default_backend() == "cpu" and not options.get("debiased")
+            options["solver"] = "exact" if exact else "sinkhorn"
+        if "solver" in options:
+            found[term.written] = options["solver"]
+    return found
 
 
 def _coefficient(config: RunConfig, per_epoch: int) -> Coef:
@@ -211,7 +233,7 @@ def with_projector(
     x = jnp.zeros((1, *dataset.train[0].shape[1:]))
     of_student, of_teacher = (nnx.eval_shape(lambda m: m(x), m) for m in (student, teacher))
     dim, channels, sizes = None, None, []
-    for term in metric.metrics if isinstance(metric, losses.MetricSum) else (metric,):
+    for term in terms_of(metric):
         size = of_teacher.features.shape[-1]
         if term.projector == "features" and of_student.features.shape[-1] != size:
             dim = size

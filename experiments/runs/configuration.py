@@ -1,10 +1,14 @@
 """What decides a run's result: the content of its config.json."""
 
+import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
+import pathlib
 from typing import Any
 
+from experiments.common import files
 from experiments.common.errors import UsageError
 from experiments.data.specs import Dataset, data_sha256, sha256
 from experiments.runs.settings import Settings, coefficients
@@ -30,6 +34,7 @@ ABSENT = {
     "student_sha256": None,
     "per_class": None,
     "published": None,
+    "solver": "sinkhorn",
 }
 
 
@@ -47,6 +52,7 @@ class RunConfig:
       stem, pretrained_teacher, pretrained_student: as in `settings.Networks`.
       teacher_sha256, student_sha256: hashes of the files of pretrained weights.
       optimizer: the protocol's summary.
+      solver: what w2, cw2 and jw2 take where ``metric`` does not say.
       published: the published weights of a metric whose coef is "published".
       parameters: how many parameters "teacher" and "student" have; empty until they are built.
 
@@ -75,6 +81,7 @@ class RunConfig:
     precision: str
     seed: int
     max_steps: int | None
+    solver: str = "sinkhorn"
     published: dict[str, Any] | None = None
     parameters: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -95,10 +102,11 @@ class RunConfig:
         return cls(**values | {"coef": tuple(values["coef"])})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of config.json; weights that are not published are left out."""
+        """Return the content of config.json; what says nothing is left out."""
         content = dataclasses.asdict(self) | {"coef": list(self.coef)}
-        if self.published is None:
-            del content["published"]
+        for key in ("published", "solver"):
+            if content[key] == ABSENT[key]:
+                del content[key]
         return content
 
     def changes(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
@@ -136,6 +144,7 @@ def configuration(settings: Settings, dataset: Dataset) -> RunConfig:
         metric=internal.spelled(d.metric),
         coef=coef,
         task_coef=published["task_coef"] if published else d.task_coef,
+        solver=_solver(settings, dataset),
         teacher=n.teacher,
         student=n.student,
         stem=n.stem,
@@ -153,6 +162,39 @@ def configuration(settings: Settings, dataset: Dataset) -> RunConfig:
         max_steps=settings.run.max_steps,
         published=published,
     )
+
+
+def run_path(settings: Settings, dataset: Dataset) -> pathlib.Path:
+    """Return the run folder: the one that is named, or one named after what is run."""
+    name = f"{dataset.name}-{internal.spelled(settings.distillation.metric)}"
+    return pathlib.Path(settings.run.out or f"runs/{name}-{settings.training.seed}")
+
+
+def _solver(settings: Settings, dataset: Dataset) -> str:
+    """Return the solver where the metric does not say: of a run that goes on, its own."""
+    from kd2m_jax import losses  # loads JAX
+
+    metric = settings.distillation.metric
+    if metric == "none" or not any(map(solver_unsaid, terms_of(losses.get_metric(metric)))):
+        return ABSENT["solver"]
+    if settings.run.resume:
+        with contextlib.suppress(OSError, ValueError):  # no such run, or damaged
+            content = files.read_object(run_path(settings, dataset) / "config.json")
+            return content.get("solver", ABSENT["solver"])
+    return internal.DEFAULT_SOLVER
+
+
+def terms_of(metric: Any) -> tuple[Any, ...]:
+    """Return the terms of a `losses.MetricSum`, or the one metric; of none, nothing."""
+    return getattr(metric, "metrics", (metric,)) if metric else ()
+
+
+def solver_unsaid(term: Any) -> bool:
+    """Tell whether a metric that is no sum has solvers and leaves the choice to the default."""
+    from kd2m_jax import losses  # loads JAX
+
+    parameters = inspect.signature(losses.METRICS[term.name].function).parameters
+    return "solver" in parameters and "solver" not in dict(term.options)
 
 
 def _published(metric: str) -> dict[str, Any] | None:

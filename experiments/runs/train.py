@@ -17,8 +17,8 @@ from experiments.common.errors import UsageError
 from experiments.data.load import load
 from experiments.data.specs import Dataset
 from experiments.runs import report
-from experiments.runs.build import Matching, Plan, build, check_names
-from experiments.runs.configuration import RunConfig, configuration
+from experiments.runs.build import Matching, Plan, build, check_names, solvers
+from experiments.runs.configuration import RunConfig, configuration, run_path
 from experiments.runs.folder import RunFolder
 from experiments.runs.progress import shown
 from experiments.runs.settings import Run, Settings, check
@@ -84,12 +84,10 @@ def distil(settings: Settings, dataset: Dataset, folder: RunFolder | None = None
     _check_batch(plan)
     for projector in plan.projectors:
         print(projector)
-    name = settings.run.out or f"runs/{dataset.name}-{config.metric}-{config.seed}"
-    opened = (folder or RunFolder(pathlib.Path(name))).opened(
-        plan.config, resume=settings.run.resume
-    )
+    folder = folder or RunFolder(run_path(settings, dataset))
+    opened = folder.opened(plan.config, resume=settings.run.resume)
     with held_by_first(opened) as folder:
-        by_first(lambda: folder.write_environment(**devices()))
+        by_first(lambda: folder.write_environment(**devices(), **ran(plan)))
         phase = functools.partial(run_phase, folder, plan, save_every=settings.run.save_every)
         cache = folder.teacher(plan.config)
         # Several runs share a teacher: one trains it, the others wait.
@@ -140,6 +138,14 @@ def devices() -> dict:
         "devices": [device.device_kind for device in jax.devices()],
         "backend": jax.default_backend(),
     }
+
+
+def ran(plan: Plan) -> dict:
+    """Return what env.json says of the solvers that ran, if the metric has any."""
+    found = solvers(plan.metric)
+    return (
+        {"solver": ", ".join(f"{term} {solver}" for term, solver in found.items())} if found else {}
+    )
 
 
 def _check_processes_agree(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ from experiments.data.specs import Dataset
 from experiments.runs import restore
 from experiments.runs.build import build
 from experiments.runs.progress import shown
-from experiments.runs.train import LOG_EVERY, devices
+from experiments.runs.train import LOG_EVERY, devices, ran
 from experiments.studies.grid import Cell
 from kd2m_jax import NonFiniteLoss, TrainState, fit
 from kd2m_jax.internal import Checkpoints
@@ -103,7 +103,7 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
     speed = progress.per_second()
     for i, (cell, plan) in enumerate(zip(group, plans, strict=True)):
         with cell.folder.opened(plan.config, resume=True) as folder:
-            folder.write_environment(**devices(), students_in_one_program=len(group))
+            folder.write_environment(**devices(), **ran(plan), students_in_one_program=len(group))
             if speed:  # of each student; the program trains so many at once
                 folder.write_speed("distilled", len(group) * speed)
         _hand_over(cell, states[i], best_variables[i], _of_one(record, i))

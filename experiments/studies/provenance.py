@@ -7,7 +7,7 @@ from experiments.common.machine import processor
 from experiments.runs.folder import ALONE
 from experiments.studies.grid import Cell
 
-_HOST = ("python", "machine", "cpu", "cores", "devices")
+_HOST = ("python", "machine", "cpu", "cores", "devices", "solver")
 
 
 def of(cells: list[Cell]) -> dict:

@@ -365,7 +365,7 @@ def _augment(distance, source, final, row_of, column_of, free_rows, free_columns
     """Swap partners along the path to the nearest free column, in each tree that reached one."""
     n = column_of.size - 1
     none = jnp.full_like(left, n)
-    unreached = jnp.full_like(distance[0], np.iinfo(final.dtype).max)
+    best = jnp.full_like(distance, np.iinfo(final.dtype).max, shape=(n + 1,))
 
     def compare(k, state):  # `best` and `end` by root: the nearest free column of its tree
         best, end, root, near, column = state
@@ -381,8 +381,7 @@ def _augment(distance, source, final, row_of, column_of, free_rows, free_columns
         _, root = lax.while_loop(lambda path: path[0] < n, up, start)
         return best, end, jnp.where(near < s.take(best, root), root, n), near, column
 
-    best = jnp.full_like(distance, unreached, shape=(n + 1,))
-    state = (best, jnp.full_like(column_of, n), none, unreached, none)
+    state = (best, jnp.full_like(column_of, n), none, best[0], none)
     _, end, root, _, column = s.repeat(left, compare, state)
     end = s.put(end, root, column)
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kd2m_jax._compat import one_like
+
 INT = jnp.int32
 
 
@@ -24,7 +26,7 @@ def take(array: jax.Array, i: jax.Array) -> jax.Array:
 
 def put(array: jax.Array, i: jax.Array, value: jax.Array) -> jax.Array:
     """``array.at[i].set(value)``, in place where nothing else reads the array."""
-    return lax.dynamic_update_slice(array, jnp.full_like(array, value, shape=(1,)), (i,))
+    return lax.dynamic_update_slice(array, one_like(array, value), (i,))
 
 
 # --- Floats as integers ------------------------------------------------------------------------

@@ -122,15 +122,14 @@ def sinkhorn_plan(
 ) -> tuple[TransportInfo, jax.Array]:
     """Compute the entropic plan, by ott-jax in the log domain, and its entropic cost.
 
-    The cost is that of ``<P, C> + epsilon scale sum_ij P_ij log P_ij``. ``scale`` is that of
-    `dual_start` unless given. With ``give_up`` the iteration ends where its error does not shrink
-    fast enough to converge within ``max_iterations``.
+    The cost is that of ``<P, C> + epsilon scale sum_ij P_ij log P_ij``, ``scale`` that of
+    `dual_start` unless given. With ``give_up`` it ends where it would not converge in time.
 
-    Measured on Gaussian, clustered, power-law and nearly matched clouds, marginal and by class
-    (n 128 and 512, d 16 to 512): epsilon at 1% of the *mean* cost is 0% to 90% above the exact
-    cost, because the mean may be 500 times the optimum; at 1% of the dual bound below it is 0% to
-    0.8% above, in 10 to 400 iterations. Over-relaxation by 1.5 from zero potentials overflows
-    when a sample lies far out; from the dual solution, with epsilon annealed, it does not.
+    Measured on Gaussian, clustered, power-law and nearly matched clouds, marginal and by class (n
+    128 and 512, d 16 to 512): epsilon at 1% of the *mean* cost is 0% to 90% above exact, because
+    the mean may be 500 times the optimum; at 1% of the dual bound below it is 0% to 0.8% above, in
+    10 to 400 iterations. Over-relaxation by 1.5 from zero potentials overflows when a sample lies
+    far out; from the dual solution, with epsilon annealed, it does not.
     Where clusters differ in mass some of it has to go far, epsilon is small for that, and the
     value is still 5% to 73% too low after 2,000 iterations (n 64 to 512): see `transport_plan`.
     """
@@ -170,8 +169,7 @@ def sinkhorn_plan(
         del f
         return g, jnp.array(True), jnp.zeros((), jnp.int32)
 
-    # A student close to its teacher: the dual solution is optimal, and its plan has the right
-    # marginals as it is. To see that costs half an iteration, and saves 20.
+    # Of a student close to its teacher the dual solution is optimal: to see that saves 20 iterations.
     f, g = dual.f / scale, dual.g / scale
     plan = a[:, None] * jax.nn.softmax((g[None, :] - cost) / strength, axis=1)
     error = jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b))
@@ -291,11 +289,12 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
     # The scale may be far above the optimum, for 0.1% of the mean cost is its floor: this bound
     # may fall a thousand times below it, to where float32's digits of the mean cost end.
     bound = jnp.maximum(offset, 1e-3)
-    state = (log_plan, 0 * b, jnp.maximum(mean, bound), zero, zero + jnp.inf, bound, 0)
+    step, count = jnp.maximum(mean, bound), jnp.zeros((), jnp.int32)
+    state = (log_plan, 0 * b, step, zero, zero + jnp.inf, bound, count)
     state = varying_alike(state)
     log_plan, _, _, error, gap, _, n_iters = jax.lax.while_loop(unfinished, update, state)
     coupling = a[:, None] * jax.nn.softmax(log_plan, axis=1)
-    return TransportInfo(coupling, (error <= 5e-4) & (gap <= 1e-3), jnp.asarray(n_iters))
+    return TransportInfo(coupling, (error <= 5e-4) & (gap <= 1e-3), n_iters)
 
 
 def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
@@ -325,7 +324,7 @@ def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> Transport
 
 SOLVERS = ("auto", "exact", "sinkhorn", "ipot")
 # What `w2`, `cw2` and `jw2` take where nothing is said: the one place to change it.
-DEFAULT_SOLVER = "sinkhorn"
+DEFAULT_SOLVER = "auto"
 # Those that start from a matrix of costs; the exact one has more to gain (`_transport`).
 COUPLINGS: dict[str, Callable[[jax.Array, Groups, float], TransportInfo]] = {
     "sinkhorn": transport_plan,

@@ -79,10 +79,14 @@ class Compared:
 def check_same(old: dict, new: dict, folder) -> None:
     """CheckpointError for settings that a resumed run may not change.
 
-    A key that an old record lacks is not compared: the code that wrote it did not know it.
+    A key that an old record lacks is not compared: the code that wrote it did not know it. But of
+    the solvers it knew which one it took where nothing was said.
     """
     old = dict(old)
     if "metric" in old:  # before November 2026 as it was spelled, with some of its options
+        if not any("solver=" in name for name in old["metric"]):
+            unsaid = [k for k, v in new.items() if k.endswith(" solver") and v == "auto"]
+            old = dict.fromkeys(unsaid, "sinkhorn") | old
         old["metric"] = [_plain(name) for name in old["metric"]]
     if "coef" in old:
         old["coef"] = [None if c is None else _weight(c) for c in old["coef"]]

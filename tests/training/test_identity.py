@@ -97,12 +97,21 @@ def test_another_run(one, other, message):
 
 
 def test_a_record_of_older_code_is_compared_by_what_it_has():
-    new = described("jw2:beta=0.5,label_cost=kl".replace(",", ":"), coefs=["auto"])
+    new = described("jw2:beta=0.5:label_cost=kl:solver=sinkhorn", coefs=["auto"])
     old = {"seed": 0, "metric": ["jw2:beta=0.5:label-cost=kl"], "coef": ["auto"]}
     check_same(old, new, "here")
     check_same({}, new, "here")
     with pytest.raises(CheckpointError, match="seed 1 -> 0"):
         check_same(old | {"seed": 1}, new, "here")
+
+
+def test_of_old_code_it_is_known_which_solver_it_took():
+    old = {"seed": 0, "metric": ["cw2"], "coef": ["auto"]}
+    with pytest.raises(CheckpointError, match="cw2 solver sinkhorn -> auto"):
+        check_same(old, described("cw2", coefs=["auto"]), "here")
+    check_same(old, described("cw2:solver=sinkhorn", coefs=["auto"]), "here")
+    said = old | {"metric": ["cw2:solver=auto"]}
+    check_same(said, described("cw2:solver=auto", coefs=["auto"]), "here")
 
 
 def mlp(seed):

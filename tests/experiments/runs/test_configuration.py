@@ -8,7 +8,7 @@ import pytest
 from experiments import digits
 from experiments.common.errors import UsageError
 from experiments.data.load import load
-from experiments.runs.build import build
+from experiments.runs.build import build, solvers
 from experiments.runs.configuration import ABSENT, RunConfig, configuration
 from experiments.runs.folder import RunFolder
 from experiments.runs.settings import Distillation, Run
@@ -96,6 +96,34 @@ def test_an_absent_key_means_what_the_code_did_then(tmp_path):
     what = r"stem cifar -> imagenet, per_class None -> 4\)"
     with pytest.raises(UsageError, match=what), folder.opened(now, resume=True):
         pass
+
+
+def of_run(metric, out, *, resume):
+    run = Run(out=str(out), resume=resume)
+    return build(dataclasses.replace(settings(metric, "1e-3"), run=run), load("digits"))
+
+
+def test_a_run_goes_on_with_the_solver_that_it_began_with(tmp_path):
+    """Before it was written down, w2, cw2 and jw2 took Sinkhorn where nothing was said."""
+    begun = of_run("jw2+kd", tmp_path / "new", resume=False)
+    assert begun.config.to_json()["solver"] == "auto"
+    assert solvers(begun.metric) == {"jw2": "exact"}  # on a CPU
+    old_folder(tmp_path / "old", begun.config, ["solver"])
+    for metric in ("jw2+kd", "JW2+kd"):
+        plan = of_run(metric, tmp_path / "old", resume=True)
+        assert "solver" not in plan.config.to_json()
+        assert solvers(plan.metric) == {"jw2:solver=sinkhorn": "sinkhorn"}
+        with RunFolder(tmp_path / "old").opened(plan.config, resume=True) as folder:
+            assert solvers(build(folder.config, load("digits")).metric) == solvers(plan.metric)
+    assert of_run("jw2+kd", tmp_path / "old", resume=False).config == begun.config
+
+
+def test_the_solver_of_a_metric_that_names_it_or_has_none(tmp_path):
+    for metric in ("w2:solver=exact", "lohit", "kd", "none"):
+        assert "solver" not in of_run(metric, tmp_path, resume=False).config.to_json()
+    for metric, solver in (("w2:solver=exact", "exact"), ("lohit", "ipot"),
+                           ("cw2:debiased=True", "sinkhorn")):  # fmt: skip
+        assert solvers(of_run(metric, tmp_path, resume=False).metric) == {metric: solver}
 
 
 @pytest.mark.parametrize(
