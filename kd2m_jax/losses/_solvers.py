@@ -169,7 +169,7 @@ def sinkhorn_plan(
         del f
         return g, jnp.array(True), jnp.zeros((), jnp.int32)
 
-    # Of a student close to its teacher the dual solution is optimal: to see that saves 20 iterations.
+    # Where a student is close to its teacher the dual solution is optimal: 20 iterations saved.
     f, g = dual.f / scale, dual.g / scale
     plan = a[:, None] * jax.nn.softmax((g[None, :] - cost) / strength, axis=1)
     error = jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b))
