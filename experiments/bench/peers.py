@@ -31,7 +31,7 @@ def peers(
 ) -> tuple[list[dict], list[str]]:
     """Return rows and notes, and draw peers.png in the folder ``out``."""
     rows, notes = [], []
-    if not _torch():
+    if not has_torch():
         notes.append(NO_TORCH)
     for n in sizes:
         for kind in kinds:
@@ -103,7 +103,7 @@ def marginal(x: np.ndarray, y: np.ndarray) -> list[Answer]:
     """Run `w2`, its peers and the floor."""
     z_s, z_t = jnp.asarray(x), jnp.asarray(y)
     found: list[Answer] = [("w2", *ours(losses.w2, z_s, z_t))]
-    if _torch():
+    if has_torch():
         for cost in ("cdist", "product"):
             found.append((f"torch + emd, {cost}", *torch_emd([(x, y)], cost)))
     plain, out = plain_ott(z_s, z_t)
@@ -115,7 +115,7 @@ def conditional(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> list[Answer
     """Run `cw2` and its peers, which go through the classes one by one or pad them."""
     z_s, z_t, y_s = jnp.asarray(x), jnp.asarray(y), jnp.asarray(labels)
     found: list[Answer] = [("cw2", *ours(losses.cw2, z_s, z_t, y_s))]
-    if _torch():
+    if has_torch():
         parts = [labels == c for c in np.unique(labels)]
         run, value, plans = torch_emd([(x[p], y[p]) for p in parts], "cdist")
         plan = np.zeros((len(x), len(x)))
@@ -211,7 +211,8 @@ def torch_emd(pairs: Sequence[tuple[np.ndarray, np.ndarray]], cost: str):
     return run, value.item(), plans if len(plans) > 1 else plans[0]
 
 
-def _torch() -> bool:
+def has_torch() -> bool:
+    """Tell whether torch can be imported."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 Name = Literal[
-    "peers", "classes", "gaussian", "growth", "step", "start", "first-minutes", "devices",
+    "peers", "losses", "classes", "gaussian", "growth", "step", "start", "first-minutes", "devices",
     "population",
     "gpu-step", "gpu-epoch", "gpu-torch",
 ]  # fmt: skip
@@ -19,6 +19,8 @@ def suite(name: Name) -> Callable[..., tuple[list[dict], list[str]]]:
     match name:
         case "peers":
             from experiments.bench.peers import peers as measured
+        case "losses":
+            from experiments.bench.transport import losses as measured
         case "classes":
             from experiments.bench.losses import classes as measured
         case "gaussian":

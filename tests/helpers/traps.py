@@ -1,41 +1,6 @@
-"""Clouds and costs on which assignment solvers get slow or wrong, by name."""
+"""Costs on which assignment solvers get slow or wrong, by name."""
 
 import numpy as np
-
-CLOUDS = (
-    "related", "clustered", "confused", "unrelated", "collapsed", "both collapsed", "eight rows",
-    "sparse ReLU", "rank 2", "one dimension", "near-identical", "one-hot teacher", "one-hot both",
-    "integers", "permuted", "collapsed to 1e-5", "heavy tails", "uniform in 3 dimensions",
-)  # fmt: skip
-
-
-def clouds(kind, n, d=64, seed=0):
-    """Student and teacher, float64 ``[n, d]``."""
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(2, n, d))
-    labels, basis = rng.integers(0, 10, (2, n)), rng.normal(size=(2, d))
-    centres = 2 * rng.normal(size=(10, d))
-    wrong = np.where(rng.random(n) < 0.1, labels[1], labels[0])
-    return {
-        "related": lambda: (centres[labels[0]] + y + 0.3 * x, centres[labels[0]] + y),
-        "clustered": lambda: (centres[labels[0]] + x, centres[labels[0]] + y),
-        "confused": lambda: (centres[wrong] + x, centres[labels[0]] + y),
-        "unrelated": lambda: (x, centres[labels[0]] + y),
-        "collapsed": lambda: (0 * x + x[0], y),
-        "both collapsed": lambda: (0 * x + x[0], 0 * y + y[0]),
-        "eight rows": lambda: (x[rng.integers(0, 8, n)], y),
-        "sparse ReLU": lambda: (np.maximum(x - 1.5, 0), np.maximum(y - 1.5, 0)),
-        "rank 2": lambda: (x[:, :2] @ basis, y[:, :2] @ basis),
-        "one dimension": lambda: (x[:, :1], y[:, :1]),
-        "near-identical": lambda: (y + 1e-3 * x, y),
-        "one-hot teacher": lambda: (x, np.eye(d)[labels[0]]),
-        "one-hot both": lambda: (np.eye(d)[labels[0]], np.eye(d)[labels[1]]),
-        "integers": lambda: (np.round(x), np.round(y)),
-        "permuted": lambda: (y[rng.permutation(n)], y),
-        "collapsed to 1e-5": lambda: (x[:1] + 1e-5 * x, y),
-        "heavy tails": lambda: tuple(rng.standard_t(1.5, size=(2, n, d))),
-        "uniform in 3 dimensions": lambda: tuple(rng.random((2, n, 3))),
-    }[kind]()
 
 
 def costs(n, seed=0):
