@@ -1,6 +1,7 @@
-"""How time and memory grow with samples and features: each point in a process of its own.
+"""How a loss's time and memory grow with samples, features and classes.
 
-Run as a module it measures one point: metric, n, d, repeats.
+Each point is measured in a process of its own. Run as a module it measures one: metric, n, d,
+classes, repeats.
 """
 
 import json
@@ -8,54 +9,82 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.bench import answers, measure
+from kd2m_jax import losses
 
-METRICS = ("w2", "sw2", "gaussian-w2", "gaussian-w2 diagonal")
+if TYPE_CHECKING:
+    from kd2m_jax import Outputs
+
+METRICS = (*losses.METRICS, "gaussian-w2:covariance=diagonal")
+PLOTTED = ("w2", "cw2", "sw2", "gaussian-w2", "gaussian-kl", "mmd-rbf", "gw2")
+# A metric's series ends where one call takes longer: the next would take minutes.
+LONGEST = 3_000.0  # milliseconds
+STAGE = (4, 4)  # the size of the maps, whose channels are an eighth of the features
 
 
 def growth(
     out: str,
-    sizes: Sequence[int] = (1024, 2048, 4096, 8192),
+    metrics: Sequence[str] = METRICS,
+    sizes: Sequence[int] = (512, 1024, 2048, 4096, 8192),
     features: Sequence[int] = (128, 512, 2048),
+    classes: Sequence[int] = (10, 100, 1000),
     repeats: int = 5,
 ) -> tuple[list[dict], list[str]]:
-    """Return rows and notes, and draw growth-*.png; d = 512 and n = 1024 stand still."""
-    n_fixed, d_fixed = min(sizes), sorted(features)[len(features) // 2]
-    points = [(n, d_fixed) for n in sizes] + [(n_fixed, d) for d in features if d != d_fixed]
-    rows = [_point(metric, n, d, repeats) for metric in METRICS for n, d in points]
-    notes = []
-    for metric in METRICS:
-        mine = [row for row in rows if row["metric"] == metric]
-        by_n = [row for row in mine if row["d"] == d_fixed]
-        by_d = [row for row in mine if row["n"] == n_fixed]
-        parts = [
-            f"{name} ~ {axis}^{_exponent(group, axis, key):.1f}"
-            for axis, group in (("n", by_n), ("d", by_d))
-            for name, key in (("time", "ms"), ("memory", "peak MiB"))
-            if len(group) > 1 and all(row.get(key) for row in group)
-        ]
+    """Return rows and notes, and draw growth-n.png and growth-d.png.
+
+    One size grows while the others stand still: n = 1,024, d = 512, 10 classes.
+    """
+    fixed = {"n": sorted(sizes)[1], "d": sorted(features)[1], "classes": min(classes)}
+    rows, notes = [], []
+    for metric in metrics:
+        parts = []
+        for axis, values in (("n", sizes), ("d", features), ("classes", classes)):
+            series: list[dict] = []
+            for value in sorted(values):
+                place = fixed | {axis: value}
+                known = [row for row in rows if all(row[k] == v for k, v in place.items())
+                         and row["metric"] == metric]  # fmt: skip
+                series.append(known[0] if known else _point(metric, **place, repeats=repeats))
+                rows += [] if known else series[-1:]
+                if series[-1]["ms"] > LONGEST:
+                    break
+            parts += [f"{name} ~ {axis}^{_exponent(series, axis, key):.1f}"
+                      for name, key in (("time", "ms"), ("memory", "peak MiB"))
+                      if len(series) > 1 and all(row.get(key) for row in series)]  # fmt: skip
         notes.append(f"{metric}: " + ", ".join(parts))
-    arrays = [r["n x n arrays"] for r in rows if r["metric"] == "w2" and r["n"] == max(sizes)]
-    if arrays[0] is not None:
-        title = f"w2, n = {max(sizes)}: peak in n x n arrays"
-        notes.append(measure.verdict(title, arrays[0], 4))
-    for axis, fixed in (("n", ("d", d_fixed)), ("d", ("n", n_fixed))):
-        group = [row for row in rows if row[fixed[0]] == fixed[1]]
-        panels = {
-            title: {
-                m: [(r[axis], r[key], True) for r in group if r["metric"] == m] for m in METRICS
-            }
-            for title, key in (("time, ms", "ms"), ("peak memory, MiB", "peak MiB"))
-            if all(row.get(key) for row in group)
-        }
-        label = {"n": f"samples n (d = {d_fixed})", "d": f"features d (n = {n_fixed})"}[axis]
-        measure.log_log(
-            panels, pathlib.Path(out) / f"growth-{axis}.png", label, "forward + backward"
-        )
+    notes += _peaks(rows)
+    for axis in ("n", "d"):
+        _plot(rows, axis, fixed, pathlib.Path(out) / f"growth-{axis}.png")
     return rows, notes
+
+
+def _peaks(rows: list[dict]) -> list[str]:
+    """Judge the memory of transport at its largest n, in matrices of that size."""
+    notes = []
+    for metric in ("w2", "cw2"):
+        mine = [row for row in rows if row["metric"] == metric]
+        if mine and (last := max(mine, key=lambda row: row["n"]))["n x n arrays"] is not None:
+            title = f"{metric}, n = {last['n']}: peak in n x n arrays"
+            notes.append(measure.verdict(title, last["n x n arrays"], 4))
+    return notes
+
+
+def _plot(rows: list[dict], axis: str, fixed: dict, path: pathlib.Path) -> None:
+    others = [key for key in fixed if key != axis]
+    group = [row for row in rows if all(row[key] == fixed[key] for key in others)]
+    panels = {
+        title: {m: [(r[axis], r[key], True) for r in group if r["metric"] == m]
+                for m in dict.fromkeys(row["metric"] for row in group if row["metric"] in PLOTTED)}
+        for title, key in (("time, ms", "ms"), ("peak memory, MiB", "peak MiB"))
+        if all(row.get(key) for row in group)
+    }  # fmt: skip
+    what = {"n": f"samples n (d = {fixed['d']})", "d": f"features d (n = {fixed['n']})"}[axis]
+    if any(panels.values()):
+        measure.log_log(panels, path, what, "forward + backward")
 
 
 def _exponent(rows: list[dict], axis: str, key: str) -> float:
@@ -64,36 +93,50 @@ def _exponent(rows: list[dict], axis: str, key: str) -> float:
     return float(np.log(second[key] / first[key]) / np.log(second[axis] / first[axis]))
 
 
-def _point(metric: str, n: int, d: int, repeats: int) -> dict:
-    command = [sys.executable, "-m", __name__, metric, str(n), str(d), str(repeats)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def _point(metric: str, n: int, d: int, classes: int, repeats: int) -> dict:
+    numbers = map(str, (n, d, classes, repeats))
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, metric, *numbers], capture_output=True, text=True
+    )
     if done.returncode:
-        raise RuntimeError(f"{metric} at n = {n}, d = {d} failed:\n{done.stderr[-2000:]}")
+        place = f"{metric} at n = {n}, d = {d}, {classes} classes"
+        raise RuntimeError(f"{place} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(metric: str, n: int, d: int, repeats: int) -> dict:
+def outputs(n: int, d: int, classes: int) -> tuple["Outputs", "Outputs", np.ndarray]:
+    """Draw all that any loss takes: student, half trained, and teacher, and labels."""
+    from kd2m_jax import Outputs
+
+    x, y, labels = measure.clouds("related", n, d, classes)
+    rng = np.random.default_rng(0)
+    head = rng.normal(size=(d, classes)) / d**0.5
+    maps = rng.normal(size=(2, n, *STAGE, max(1, d // 8)))
+    student, teacher = (
+        Outputs(z, (z @ head).astype(np.float32), (stage.astype(np.float32),))
+        for z, stage in zip((x, y), maps, strict=True)
+    )
+    return student, teacher, labels
+
+
+def _measure(name: str, n: int, d: int, classes: int, repeats: int) -> dict:
     """Return one point's row; its peak is one call's memory above the memory at its beginning."""
     import jax
     import jax.numpy as jnp
 
-    from kd2m_jax import losses
-
-    functions = {
-        "w2": losses.w2,
-        "sw2": lambda s, t: losses.sw2(s, t, key=jax.random.key(0)),
-        "gaussian-w2": losses.gaussian_w2,
-        "gaussian-w2 diagonal": lambda s, t: losses.gaussian_w2(s, t, covariance="diagonal"),
-    }
-    x, y, labels = measure.clouds("related", n, d)
-    run = measure.compiled(functions[metric], jnp.asarray(x), jnp.asarray(y))
+    student, teacher, labels = jax.tree.map(jnp.asarray, outputs(n, d, classes))
+    metric = losses.get_metric(name)
+    run = measure.compiled(
+        lambda s, t, labels: metric(s, t, labels, key=jax.random.key(0)), student, teacher, labels
+    )
     peak = _peak_of(run)
-    [row] = measure.in_turn([measure.Case({"metric": metric, "n": n, "d": d}, run)], repeats, 4.0)
+    columns = {"metric": name, "n": n, "d": d, "classes": classes}
+    [row] = measure.in_turn([measure.Case(columns, run)], repeats, 4.0)
     row["peak MiB"] = None if peak is None else peak / 2**20
     row["n x n arrays"] = None if peak is None else peak / (4 * n * n)
-    name, _, diagonal = metric.partition(" ")
-    options = {"covariance": diagonal} if diagonal else {}
-    return row | answers.answer(name, *answers.features(x, y), labels, **options)
+    plain, _, option = name.partition(":covariance=")
+    options = {"covariance": option} if option else {}
+    return row | answers.answer(plain, student, teacher, np.asarray(labels), **options)
 
 
 def _peak_of(run) -> int | None:
