@@ -34,6 +34,8 @@ def gaussian_w2(z_s: ArrayLike, z_t: ArrayLike, *, covariance: str = "full") -> 
     to its own; a feature at 1e-8 counts as unmatched. Where the pairing is taken in float32 (TPUs)
     the borders are 1e-2 and 1e-3. First and second derivatives are available, third ones raise.
 
+    Cost: for d < n time O(n d^2), memory O(n d); else O(n^2 d) and O(n d). Diagonal: O(n d).
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n.
@@ -68,6 +70,8 @@ def gaussian_cw2(
 
     ``CW2^2 = 1/K sum_y W2^2(N(mu_S,y, S_S,y), N(mu_T,y, S_T,y))``, computed at once: the sum of
     the trace terms is the nuclear norm of one block-masked n x n matrix.
+
+    Cost: time O(n^2 (n + d)), memory O(n^2), whatever the number of classes.
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
@@ -115,6 +119,8 @@ def gaussian_kl(
     their digits, and else on n x n ones, as `gaussian_ckl` is. There rounding is about 1e-4 nats:
     a value below 1e-3 is not right to 1%, while the gradient still is.
 
+    Cost: for d < n time O(n d^2), memory O(n d); else O(n^2 d) and O(n d). Diagonal: O(n d).
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n.
@@ -159,6 +165,8 @@ def gaussian_ckl(
 
     ``1/K sum_y KL(N(mu_S,y, S_S,y) || N(mu_T,y, S_T,y))``; the amount s that is added to every
     covariance is that of `gaussian_kl`, taken over the whole batch.
+
+    Cost: time O(n^2 (n + d)), memory O(n^2), whatever the number of classes.
 
     Args:
       z_s: ``[n, d]`` float, the student's features.

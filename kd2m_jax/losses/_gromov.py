@@ -43,6 +43,8 @@ def gw2(
     It has no conditional twin: the cost is one of pairs of pairs, and the mask of the others, over
     pairs, does not separate the classes.
 
+    Cost: time O(n^3) an iteration, memory O(n^2).
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, e]`` float, the teacher's features; m and e may differ from n and d.

@@ -30,6 +30,8 @@ def kd(logits_s: ArrayLike, logits_t: ArrayLike, *, temperature: float = 4.0) ->
     The published loss ``alpha CE + b T^2 KL`` has T = 4, alpha = 0.1 and b = 0.9: that is
     ``task_coef=0.1, coef=0.9`` in `distillation_loss` and `kd2m_jax.fit`.
 
+    Cost: O(n k).
+
     Args:
       logits_s: ``[n, k]`` float, the student's unnormalised log-probabilities.
       logits_t: ``[n, k]`` float, the teacher's, of the same examples.
@@ -109,6 +111,8 @@ def wkd_l(
     teacher's nearly, and the value is not 0 at equality. The logits enter through the marginals,
     so here the plan is no constant for the gradient: the gradient is that of the value, through
     the iterations (``[n, k]`` numbers each, for all examples share the matrix of the costs).
+
+    Cost: time O(n k^2), memory O(n k).
 
     Args:
       logits_s: ``[n, k]`` float, the student's unnormalised log-probabilities, k >= 2.

@@ -20,6 +20,8 @@ def wkd_f(maps_s: Maps, maps_t: Maps, *, grid: int = 1, mean_coef: float = 4.0) 
     student's map through a projector (1x1 convolution, BatchNorm, ReLU), and coef decaying by a
     cosine after epoch 150 of 240, as in the example.
 
+    Cost: O(n h w c).
+
     Args:
       maps_s: the student's stages, each ``[n, h, w, c]`` float; the last is used. An array is a
         single stage.

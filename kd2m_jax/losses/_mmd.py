@@ -63,6 +63,8 @@ def mmd(
     out before it is rounded, so that the value is right to 1e-4 however near the clouds are, and
     for a polynomial of features with a large common part (degree 2: steps of 1e-3 around 100).
 
+    Cost: time O(n^2 d), memory O(n^2); with the linear kernel O(n d) and O(d).
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n.
@@ -114,6 +116,8 @@ def cmmd(
     ``1/K sum_y MMD^2(P_S(Z|Y=y), P_T(Z|Y=y))``, computed at once. The bandwidth is one for all
     classes: that of `mmd`, over the whole batch.
 
+    Cost: time O(n^2 d), memory O(n^2), whatever the number of classes.
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
@@ -164,9 +168,11 @@ def nst(
     everywhere stays 0.
 
     The published loss is ``CE + lambda/2 MMD^2`` with the polynomial kernel and lambda = 50:
-    ``coef=25``. It takes memory O(n (c_S + c_T)^2), and O(n (c_S + c_T) h w) with the linear
-    kernel, which compares the mean maps. Written position by position, over all pairs of channels,
-    it takes O(n c_S c_T h w). Measured (temporary memory of value and gradient, as XLA's CPU
+    ``coef=25``.
+
+    Cost: time O(n c^2 h w), memory O(n (c_S + c_T)^2), with the linear kernel, which compares the
+    mean maps, O(n (c_S + c_T) h w). Written position by position, over all pairs of channels, it
+    takes O(n c_S c_T h w). Measured (temporary memory of value and gradient, as XLA's CPU
     compiler plans it, polynomial kernel, 8 x 8 maps): n = 64, 64 and 256 channels, 17 MiB against
     391; n = 128, 256 and 256 channels, 201 MiB against 6,216.
 

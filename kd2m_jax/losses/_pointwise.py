@@ -14,6 +14,8 @@ def l2(z_s: ArrayLike, z_t: ArrayLike) -> jax.Array:
     ``1/n sum_i ||z_s,i - z_t,i||^2``: the cost of pairing each example with itself, so an upper
     bound of `w2` and `cw2`.
 
+    Cost: O(n d).
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.

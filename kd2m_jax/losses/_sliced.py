@@ -24,6 +24,8 @@ def sw2(
     It has no conditional twin: sorting has no mask, and classes of unequal size have no sort in
     common.
 
+    Cost: time O(n (d + log n)) and memory O(n) a projection.
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n.

@@ -85,6 +85,8 @@ def w2(
     cost is the squared Euclidean one and the iterations end by a certificate, so no reproduction
     of their results is claimed.
 
+    Cost: time O(n^2 d), for hard pairings up to O(n^3); memory O(n^2).
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n (a bank of them, say).
@@ -169,6 +171,8 @@ def cw2(
     batch of 128 has 72 on average, and half of those have one sample. Batches of fewer classes
     with more samples each come from `kd2m_jax.fit` with ``per_class=4``, say.
 
+    Cost: as `w2`, whatever the number of classes.
+
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
@@ -247,6 +251,8 @@ def jw2(
 
     It has no conditional twin, for the label cost does that work: between networks that are sure
     of the right class, JW2 tends to `cw2` as beta grows (with equally frequent classes).
+
+    Cost: time O(n^2 (d + k)), for hard pairings up to O(n^3); memory O(n^2).
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
