@@ -8,6 +8,7 @@ import pathlib
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,17 @@ def verdict(what: str, value: float, target: float, *, least: bool = False) -> s
     met = value >= target if least else value <= target
     bound = "at least" if least else "at most"
     return f"{what}: {value:.2f}, target {bound} {target:.3g}: {'met' if met else 'MISSED'}"
+
+
+def has_torch() -> bool:
+    """Tell whether torch can be imported."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return True
 
 
 def environment() -> dict:

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ def peers(
 ) -> tuple[list[dict], list[str]]:
     """Return rows and notes, and draw peers.png in the folder ``out``."""
     rows, notes = [], []
-    if not has_torch():
+    if not measure.has_torch():
         notes.append(NO_TORCH)
     for n in sizes:
         for kind in kinds:
@@ -103,7 +102,7 @@ def marginal(x: np.ndarray, y: np.ndarray) -> list[Answer]:
     """Run `w2`, its peers and the floor."""
     z_s, z_t = jnp.asarray(x), jnp.asarray(y)
     found: list[Answer] = [("w2", *ours(losses.w2, z_s, z_t))]
-    if has_torch():
+    if measure.has_torch():
         for cost in ("cdist", "product"):
             found.append((f"torch + emd, {cost}", *torch_emd([(x, y)], cost)))
     plain, out = plain_ott(z_s, z_t)
@@ -115,7 +114,7 @@ def conditional(x: np.ndarray, y: np.ndarray, labels: np.ndarray) -> list[Answer
     """Run `cw2` and its peers, which go through the classes one by one or pad them."""
     z_s, z_t, y_s = jnp.asarray(x), jnp.asarray(y), jnp.asarray(labels)
     found: list[Answer] = [("cw2", *ours(losses.cw2, z_s, z_t, y_s))]
-    if has_torch():
+    if measure.has_torch():
         parts = [labels == c for c in np.unique(labels)]
         run, value, plans = torch_emd([(x[p], y[p]) for p in parts], "cdist")
         plan = np.zeros((len(x), len(x)))
@@ -209,17 +208,6 @@ def torch_emd(pairs: Sequence[tuple[np.ndarray, np.ndarray]], cost: str):
 
     value, plans = run()
     return run, value.item(), plans if len(plans) > 1 else plans[0]
-
-
-def has_torch() -> bool:
-    """Tell whether torch can be imported."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import torch  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return False
-    return True
 
 
 def _plot(rows: list[dict], path: pathlib.Path) -> None:

@@ -18,7 +18,6 @@ from scipy.special import log_softmax, softmax
 import kd2m_jax.losses as metrics
 from experiments.bench import measure
 from experiments.bench.clouds import ORDINARY, TRAPS, clouds
-from experiments.bench.peers import has_torch
 
 # How many times POT's time ours should take less, by metric and n: for related clouds, for others.
 TARGETS = {
@@ -148,7 +147,7 @@ def case(name: str, columns: dict, x: Arrays, y: Arrays, labels, solver: str, re
     loss = functools.partial(getattr(metrics, name), solver=solver)
     student = (0,) if len(x) == 1 else (0, 2)
     both = jax.jit(jax.value_and_grad(loss, argnums=student)).lower(*arrays).compile()
-    peer = (torch_pot if has_torch() else numpy_pot)(x, y, parts)
+    peer = (torch_pot if measure.has_torch() else numpy_pot)(x, y, parts)
     cases = [measure.Case({}, lambda: jax.block_until_ready(both(*arrays))), measure.Case({}, peer)]
     mine, theirs = measure.in_turn(cases, repeats, 2.0, time.process_time)
     value, gradient, weight = exact(x, y, parts)
@@ -205,7 +204,7 @@ def losses(
                 x, y, labels = drawn(kind, n, d, count)
                 columns = {"clouds": kind, "n": n, "classes": count}
                 rows.append(measured("cw2", columns, [x], [y], labels))
-    return rows, [*([] if has_torch() else [NO_TORCH]), *verdicts(rows)]
+    return rows, [*([] if measure.has_torch() else [NO_TORCH]), *verdicts(rows)]
 
 
 def verdicts(rows: list[dict]) -> list[str]:

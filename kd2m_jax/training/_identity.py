@@ -84,9 +84,9 @@ def check_same(old: dict, new: dict, folder) -> None:
     """
     old = dict(old)
     if "metric" in old:  # before November 2026 as it was spelled, with some of its options
-        if not any("solver=" in name for name in old["metric"]):
-            unsaid = [k for k, v in new.items() if k.endswith(" solver") and v == "auto"]
-            old = dict.fromkeys(unsaid, "sinkhorn") | old
+        said = [k for k in old if k.endswith(" solver")] or "solver=" in str(old["metric"])
+        unsaid = [k for k, v in new.items() if k.endswith(" solver") and v == "auto"]
+        old |= {} if said else dict.fromkeys(unsaid, "sinkhorn")
         old["metric"] = [_plain(name) for name in old["metric"]]
     if "coef" in old:
         old["coef"] = [None if c is None else _weight(c) for c in old["coef"]]

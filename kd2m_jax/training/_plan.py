@@ -186,7 +186,8 @@ def make_plan(
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
     key = jax.random.key(seed)
     states = place([init_state(network, chosen, sample, key=key) for network in networks])
-    outputs = [_outputs(n, s.variables, sample) for n, s in zip(networks, states, strict=True)]
+    traced = [_traced(n, s.variables, sample) for n, s in zip(networks, states, strict=True)]
+    outputs = [_outputs(out) for _, out in traced]
     classes = min(out.logits.shape[-1] for out in outputs)
     batches.expect(classes)
     compared = Compared(
@@ -197,7 +198,7 @@ def make_plan(
         data=batches.arrays,
         optimizer=optimizer,
         params=states[0].params,
-        outputs=lambda: (outputs[0], _outputs(frozen, teacher_variables, sample)),
+        outputs=lambda: (outputs[0], _outputs(_traced(frozen, teacher_variables, sample)[1])),
         others={"seed": seed, **batches.settings},
     )
     return Plan(
@@ -214,7 +215,14 @@ def make_plan(
         epochs=epochs,
         max_steps=max_steps,
         log_every=log_every,
-        steps_per_call=1 if max_steps else steps_per_call(devices[here[0]], batches),
+        steps_per_call=1
+        if max_steps
+        else steps_per_call(
+            devices[here[0]],
+            batches,
+            log_every,
+            lambda: _convolve(traced, frozen, teacher_variables, sample),
+        ),
         checkpoint_dir=checkpoint_dir,
         save_every=save_every,
     )
@@ -245,17 +253,28 @@ def _default_optimizer(total: int | None) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(1e-3, total) if total else 1e-3)
 
 
-def _outputs(network: Network | None, variables: Any, sample: Any) -> Any:
-    """Return the shapes of what a network gives for a batch."""
+def _traced(network: Network | None, variables: Any, sample: Any) -> tuple[Any, Any]:
+    """Return a network's program for a batch, and the shapes of what it gives."""
     assert network is not None
-    params, state = variables
-    out, _ = jax.eval_shape(
-        lambda params, state, x: network.apply(params, state, x, train=False, rng=None),
-        params,
-        state,
-        sample,
-    )
-    out = as_outputs("student", out)
+
+    def call(params, state, x):
+        return network.apply(params, state, x, train=False, rng=None)[0]
+
+    return jax.make_jaxpr(call, return_shape=True)(*variables, sample)
+
+
+def _convolve(students: Sequence[tuple[Any, Any]], teacher, variables: Any, sample: Any) -> bool:
+    """Tell whether a network convolves, among traced students and their teacher."""
+    if any("conv_general_dilated" in str(program) for program, _ in students):
+        return True
+    if teacher is None:
+        return False
+    return "conv_general_dilated" in str(_traced(teacher, variables, sample)[0])
+
+
+def _outputs(given: Any) -> Any:
+    """Return a network's outputs, which must have logits."""
+    out = as_outputs("student", given)
     if out.logits is None:
         raise TypeError("the student returns no logits, which its cross-entropy needs")
     return out

@@ -149,13 +149,39 @@ def test_a_first_batch_that_does_not_split_is_named_before_anything_is_compiled(
 def test_an_accelerator_makes_many_steps_a_call_and_a_shorter_last_one(steps, expected):
     batches = Batches((np.zeros((steps * 4, 1)), np.zeros(steps * 4, int)), 4, seed=0, devices=1)
     on = {name: types.SimpleNamespace(platform=name) for name in ("cpu", "gpu", "tpu")}
-    assert steps_per_call(on["cpu"], batches) == 1
-    assert steps_per_call(on["gpu"], batches) == steps_per_call(on["tpu"], batches) == expected
+    for name in ("gpu", "tpu"):
+        assert steps_per_call(on[name], batches, log_every=50, convolves=lambda: True) == expected
     calls = [len(rows) for rows, _ in batches.epoch(0, expected)]
     assert sum(calls) == steps and set(calls[:-1]) <= {expected} and calls[-1] <= expected
     x, labels = data()
     listed = Batches([(x[:16], labels[:16])] * 12, 16, seed=0, devices=1)
-    assert steps_per_call(on["gpu"], listed) == 1
+    assert steps_per_call(on["gpu"], listed, log_every=50, convolves=lambda: False) == 1
+
+
+@pytest.mark.parametrize(("log_every", "expected"), [(50, 10), (12, 12), (1, 1), (7, 7), (40, 12)])
+def test_a_cpu_makes_a_divisor_of_log_every_and_one_where_networks_convolve(log_every, expected):
+    batches = Batches((np.zeros((48, 1)), np.zeros(48, int)), 4, seed=0, devices=1)  # 12 steps
+    cpu = types.SimpleNamespace(platform="cpu")
+    assert steps_per_call(cpu, batches, log_every, convolves=lambda: False) == expected
+    assert steps_per_call(cpu, batches, log_every, convolves=lambda: True) == 1
+
+
+def test_several_steps_a_call_end_as_single_ones(monkeypatch):
+    """The same bits, records and checkpoints; five calls, the last of them shorter."""
+    options = {"epochs": 2, "batch_size": 8, "log_every": 3, "eval_data": data(1)}
+    x, labels = data()
+    made = []
+
+    def run():
+        counted = lambda *given: made.append(steps_per_call(*given)) or made[-1]  # noqa: E731
+        monkeypatch.setattr(training._plan, "steps_per_call", counted)
+        return fit(mlp(1), (x[:80], labels[:80]), teacher=mlp(2), metric="cw2", **options)
+
+    several = run()
+    monkeypatch.setattr(training._plan, "_convolve", lambda *given: True)
+    single = run()
+    assert made == [3, 1] and several.history == single.history
+    jax.tree.map(np.testing.assert_array_equal, several.state.variables, single.state.variables)
 
 
 def test_a_call_is_under_way_while_the_one_before_is_recorded(monkeypatch):
@@ -172,7 +198,7 @@ def test_a_call_is_under_way_while_the_one_before_is_recorded(monkeypatch):
         return call
 
     monkeypatch.setattr(training._plan, "_mapped", watched)
-    monkeypatch.setattr(training._plan, "steps_per_call", lambda device, batches: 4)
+    monkeypatch.setattr(training._plan, "steps_per_call", lambda *given: 4)
     told = [lambda record: events.append(f"record {record['step']}")]
     x, labels = data()
     fit(mlp(1), (x[:80], labels[:80]), epochs=1, batch_size=8, log_every=4, callbacks=told)
