@@ -1,5 +1,7 @@
 """The command line that every main shares: flags with defaults, and one line for a mistake."""
 
+import ctypes
+import gc
 import itertools
 import logging
 import os
@@ -114,13 +116,40 @@ def _expanded(argument: str) -> str:
 
 
 def prepare_jax() -> None:
-    """Tell JAX, before it is imported, how to compile, and to keep programs in the user's cache."""
+    """Set what must stand before JAX is imported: how to compile, where to keep programs, memory.
+
+    Programs are kept in the user's cache.
+    """
     set_compiler_flags()
+    keep_memory()
+    # No traceback beside each operation, and a collector that runs seldom while much is traced: a
+    # tenth of the CPU time of a digits run, together.
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+    gc.set_threshold(100_000, 50, 100)
     # Where there is no home a literal ~ is left: then no programs are kept.
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
     if not cache.startswith("~"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "kd2m_jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+# glibc's mallopt: its parameters' numbers in malloc.h, and our values.
+_MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
+
+
+def keep_memory() -> None:
+    """Have glibc keep the memory of a step for the next one; elsewhere nothing happens.
+
+    Otherwise it gives large arrays back, and Linux makes each of their pages anew: 37,000 page
+    faults a step of resnet20 to resnet8 at batch 128, 2,000 so, in 0.85 of the CPU time (one core,
+    488 ms to 418). The peak of memory was 0.95 to 1.15 of what it is otherwise.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # no glibc
+        return
+    for parameter, value in _MALLOPT.values():
+        mallopt(parameter, value)
 
 
 def _fail(message: object) -> None:

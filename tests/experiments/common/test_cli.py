@@ -1,6 +1,7 @@
 """The command line: a user's home, and what is said after a stop."""
 
 import sys
+import types
 
 import pytest
 
@@ -21,6 +22,23 @@ def test_the_users_home_after_an_equals_sign(monkeypatch, tmp_path):
     assert (run.out, run.data_dir) == (f"{tmp_path}/x", str(tmp_path))
     assert networks.pretrained_teacher == f"{tmp_path}/w.pth"
     assert found[0].distillation.metric == "w2@logits"
+
+
+def test_glibc_is_told_to_keep_memory_and_any_other_is_left_alone(monkeypatch):
+    told = []
+    library = types.SimpleNamespace(mallopt=lambda *given: told.append(given))
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: library)
+    cli.keep_memory()
+    assert told == [(-4, 0), (-1, 2**31 - 1), (-8, 1)]  # as in malloc.h
+    del library.mallopt
+    cli.keep_memory()
+
+    def none(name):
+        raise OSError("no C library")
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", none)
+    cli.keep_memory()
+    assert len(told) == 3
 
 
 def test_a_loss_that_is_not_finite_says_what_to_try(monkeypatch, capsys):
