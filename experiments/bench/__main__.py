@@ -25,7 +25,8 @@ class Bench(Flags):
     """peers: w2, cw2 against torch + POT and ott-jax; losses: w2, cw2, jw2 against torch + POT,
     value and gradient, on hard clouds too; classes: 10 against 1,000; gaussian: against
     eigendecompositions; growth: with n and d; step: what a metric adds; start: until the first
-    step; devices: the global batch; population: 8 students in one program; gpu-*: on a GPU."""
+    step; devices: the global batch; population: 8 students in one program; torch-cpu: steps
+    beside torch's; gpu-*: on a GPU."""
     repeats: Annotated[int | None, optional("INT", "the suite's own")] = None
     """Measurements of each time, fewer where they take long."""
     out: str = "runs/bench"
@@ -36,7 +37,7 @@ def run(settings: Bench) -> None:
     """Measure, print and write."""
     import jax
 
-    from experiments.bench.measure import write
+    from experiments.bench import measure
     from experiments.common import tables
 
     name = settings.suite
@@ -44,10 +45,12 @@ def run(settings: Bench) -> None:
         raise UsageError(f"--repeats must be at least 1, got {settings.repeats}")
     if name.startswith("gpu") and jax.default_backend() == "cpu":
         raise UsageError(f"--suite={name} needs an accelerator, and JAX sees none: jax[cuda13]?")
+    if "torch" in name and not measure.has_torch():
+        raise UsageError(f"--suite={name} needs torch: uv run --group bench python -m ...")
     repeats = {} if settings.repeats is None else {"repeats": settings.repeats}
     rows, notes = suites.suite(name)(settings.out, **repeats)
     print("\n".join([tables.of_records(rows), *notes]))
-    write(settings.out, name, rows, notes)
+    measure.write(settings.out, name, rows, notes)
 
 
 if __name__ == "__main__":

@@ -66,18 +66,19 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """`kd2m_jax.models.ResNet` with the cifar stem; returns features and logits."""
 
-    def __init__(self, depths: Sequence[int]):
+    def __init__(self, depths: Sequence[int], widths: Sequence[int] = WIDTHS):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64)
-        blocks, in_width = [], 64
-        for stage, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True)):
+        in_width, blocks = widths[0], []
+        self.conv1 = nn.Conv2d(3, in_width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(in_width)
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             for i in range(depth):
                 blocks.append(Block(in_width, width, 2 if stage > 0 and i == 0 else 1))
                 in_width = width
         self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(in_width, 10)
 
     def forward(self, x):
-        """Map ``[n, 3, h, w]`` to ``[n, 512]`` and ``[n, 10]``."""
+        """Map ``[n, 3, h, w]`` to features ``[n, d]`` and ``[n, 10]``."""
         features = self.blocks(torch.relu(self.bn1(self.conv1(x)))).mean((2, 3))
         return features, self.fc(features)
 

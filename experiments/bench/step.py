@@ -66,7 +66,7 @@ def beside_none(
             if metric == "wkd-f":  # its projector is part of the method, also at equal sizes
                 network = projected(student, channels=seen_by_teacher.maps[-1].shape[-1])
             columns |= answers.answer(metric, out, seen_by_teacher, labels)
-        cases.append(measure.Case(columns, _once(*program(network, teacher, x, labels, metric))))
+        cases.append(measure.Case(columns, once(*program(network, teacher, x, labels, metric))))
     # A round of all takes 12 s where a step takes half a second, and ratios of three rounds say
     # nothing about a tenth.
     return measure.ratios(measure.in_turn(cases, repeats, 150.0))
@@ -76,14 +76,14 @@ def setting(pair: Pair, batch: int, dtype=jnp.float32):
     """Return teacher, student, images and labels."""
     names, data = pair[:2], pair[2]
     if not isinstance(data, str):
-        networks = [_build(name, data, seed, dtype) for seed, name in enumerate(names)]
+        networks = [build(name, data, seed, dtype) for seed, name in enumerate(names)]
         x = jax.random.normal(jax.random.key(0), (batch, *data))
         return *networks, x, jnp.arange(batch) % 10
     digits = load("digits")
     prepare, (images, labels) = preprocess(digits), digits.train
     networks = [
         fit(
-            _build(name, images.shape[1:], seed, dtype),
+            build(name, images.shape[1:], seed, dtype),
             digits.train,
             preprocess=prepare,
             epochs=epochs,
@@ -93,7 +93,8 @@ def setting(pair: Pair, batch: int, dtype=jnp.float32):
     return *networks, prepare(images[:batch], None), jnp.asarray(labels[:batch])
 
 
-def _build(name: str, shape, seed: int, dtype) -> nnx.Module:
+def build(name: str, shape, seed: int, dtype=jnp.float32) -> nnx.Module:
+    """Build a network for ten classes by its name, untrained."""
     rngs = nnx.Rngs(seed)
     return models.build(name, num_classes=10, image_shape=shape, rngs=rngs, dtype=dtype)
 
@@ -113,13 +114,15 @@ def program(network, teacher, x, labels, metric: str):
     return jax.jit(run, donate_argnums=0).lower(*arguments).compile(), *arguments
 
 
-def _once(run, state, variables, batch):
-    def once():
+def once(run, state, variables, batch):
+    """Return a function that makes the program's next step and waits for it."""
+
+    def make_one():
         nonlocal state  # the step donates it
         state, scores = run(state, variables, batch)
         jax.block_until_ready((state, scores))
 
-    return once
+    return make_one
 
 
 class _Look(losses.Metric):

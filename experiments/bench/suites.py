@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 Name = Literal[
     "peers", "losses", "classes", "gaussian", "growth", "step", "start", "first-minutes", "devices",
-    "population",
+    "population", "torch-cpu",
     "gpu-step", "gpu-epoch", "gpu-torch",
 ]  # fmt: skip
 NAMES: tuple[str, ...] = get_args(Name)
@@ -37,6 +37,8 @@ def suite(name: Name) -> Callable[..., tuple[list[dict], list[str]]]:
             from experiments.bench.devices import devices as measured
         case "population":
             from experiments.bench.population import population as measured
+        case "torch-cpu":
+            from experiments.bench.torch_cpu import torch_cpu as measured
         case "gpu-step":
             from experiments.bench.gpu import gpu_step as measured
         case "gpu-epoch":

@@ -23,7 +23,7 @@ def test_gpu_suites_run_where_there_is_none(monkeypatch, tmp_path):
 
 
 def test_model_flops_and_peaks():
-    network = step._build("mlp-64-32", gpu.SHAPE, 0, jnp.float32)
+    network = step.build("mlp-64-32", gpu.SHAPE, 0, jnp.float32)
     products = 2 * (32 * 32 * 3 * 64 + 64 * 32 + 32 * 10)
     assert products <= gpu.forward_flops(network) < 1.02 * products
     names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12,

@@ -18,7 +18,7 @@ def test_the_torch_epoch_runs_and_is_of_the_same_networks(monkeypatch, tmp_path)
 
     for depths, name in ((gpu_torch.DEPTHS[n], n) for n in gpu.PAIR):
         theirs = gpu_torch.ResNet(depths)
-        ours = nnx.eval_shape(lambda name=name: step._build(name, (32, 32, 3), 0, jnp.float32))
+        ours = nnx.eval_shape(lambda name=name: step.build(name, (32, 32, 3), 0, jnp.float32))
         count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(ours, nnx.Param)))
         assert sum(p.numel() for p in theirs.parameters()) == count
         features, logits = theirs(torch.zeros(2, 3, 32, 32))
