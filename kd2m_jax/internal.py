@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kd2m_jax._locks import locked as locked
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
+    from kd2m_jax.losses._metrics import Unsaid as Unsaid
     from kd2m_jax.losses._metrics import spelled as spelled
     from kd2m_jax.losses._metrics import terms as terms
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
@@ -65,6 +66,7 @@ _HOMES = {
     "by_products": "losses._polar",
     "by_svd": "losses._polar",
     "tolerance": "losses._polar",
+    "Unsaid": "losses._metrics",
     "spelled": "losses._metrics",
     "terms": "losses._metrics",
     "KERNELS": "losses._mmd",

@@ -161,17 +161,20 @@ def _metric(config: RunConfig) -> Metric | None:
     if config.metric == ALONE:
         return None
     given = losses.get_metric(config.metric)
-    metric = losses.get_metric("+".join(_with_solver(t, config.solver) for t in terms_of(given)))
-    if isinstance(metric, losses.MetricSum) and len(config.coef) > 1:
-        return losses.metric_sum(metric.metrics, [float(weight) for weight in config.coef])
-    return metric  # auto weighs a sum as one
+    terms = [_with_solver(term, config.solver) for term in terms_of(given)]
+    if not isinstance(given, losses.MetricSum):
+        return terms[0]
+    # auto weighs a sum as one.
+    weights = [float(weight) for weight in config.coef] if len(config.coef) > 1 else given.weights
+    return losses.metric_sum(terms, weights)
 
 
-def _with_solver(term: losses.Metric, solver: str) -> str:
-    """Write a metric with the solver of its run, where that is not the default any more."""
-    if solver == internal.DEFAULT_SOLVER or not solver_unsaid(term):
-        return term.written
-    return f"{term.written}:solver={solver}"
+def _with_solver(term: losses.Metric, solver: str) -> losses.Metric:
+    """Give a metric the solver of its run, where it names none; its records keep their names."""
+    if not solver_unsaid(term):
+        return term
+    options = {**dict(term.options), "solver": internal.Unsaid(solver)}
+    return dataclasses.replace(term, options=tuple(sorted(options.items())))
 
 
 def solvers(metric: Metric | None) -> dict[str, str]:
@@ -179,8 +182,6 @@ def solvers(metric: Metric | None) -> dict[str, str]:
     found = {}
     for term in terms_of(metric):
         options = dict(term.options)
-        if solver_unsaid(term):
-            options["solver"] = internal.DEFAULT_SOLVER
         if options.get("solver") == "auto":  # a batch has as many of both
             exact = jax.default_backend() == "cpu" and not options.get("debiased")
             options["solver"] = "exact" if exact else "sinkhorn"

@@ -52,7 +52,8 @@ class Metric:
     def written(self) -> str:
         """Its label with the options set: "w2:solver=ipot"; arrays are left out."""
         own = METRICS[self.name].options
-        chosen = [(k, v) for k, v in self.options if k not in own and not isinstance(v, _Array)]
+        left_out = _Array | Unsaid
+        chosen = [(k, v) for k, v in self.options if k not in own and not isinstance(v, left_out)]
         return ":".join([self.label, *(f"{k}={_written(v)}" for k, v in chosen)])
 
     @property
@@ -215,6 +216,10 @@ def metric_sum(metrics: Sequence[Metric], weights: Sequence[float] | None = None
     for weight in weights:
         number("weights", weight, positive=False)
     return MetricSum(tuple(metrics), weights)
+
+
+class Unsaid(str):
+    """An option that goes without saying: a metric is written without it."""
 
 
 class _Array:

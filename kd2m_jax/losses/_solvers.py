@@ -317,7 +317,9 @@ def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> Transport
             found = jax.lax.platform_dependent(cost, groups, cpu=exact_plan, default=proximal)
         else:
             found = proximal(cost, groups)
-        return found._replace(n_iters=before.n_iters + found.n_iters)
+        total = jnp.sum(jnp.where(found.coupling > 0, found.coupling * cost, 0))
+        converged = found.converged & jnp.isfinite(total)  # the exact solver takes any cost
+        return found._replace(converged=converged, n_iters=before.n_iters + found.n_iters)
 
     return jax.lax.cond(entropic.converged, lambda same: same, unregularised, entropic)
 

@@ -111,10 +111,12 @@ class Batches:
             return
         order = self._order(epoch)
         total = len(order) // self._batch_size
-        for start in range(skip, total, steps):
-            stop = min(start + steps, total)
+        start = skip
+        while start < total:
+            stop = min((start // steps + 1) * steps, total)  # where calls end without a skip, too
             rows = order[start * self._batch_size : stop * self._batch_size]
             yield self._split(rows, stop - start), self._arrays
+            start = stop
 
     def _order(self, epoch: int) -> jax.Array:
         """Return the epoch's row numbers: shuffled, or in runs of ``per_class`` of one class."""
@@ -183,19 +185,18 @@ def _first_batch(data: Any) -> tuple[Any, Any]:
     return examples("batch 1", first)
 
 
-def steps_per_call(device, batches: Batches, log_every: int, convolves: Callable[[], bool]) -> int:
+def steps_per_call(device, batches: Batches, log_every: int, alone: Callable[[], bool]) -> int:
     """How many steps one call of the program makes.
 
     On an accelerator enough to hide its dispatch: a divisor of the epoch, so that one program
     does, or where there is none 20 and a shorter last call. On the CPU a divisor of ``log_every``,
     so that records are those of single steps: 0.87 of their CPU time for the MNIST pair. But one
-    where a network convolves, because there a convolution's backward pass inside a loop runs 20 to
-    50 times slower (measured: 47 ms per step alone, 1,600 ms in ``lax.scan``).
+    where they are better made ``alone`` (`_plan`).
     """
     steps = batches.steps_per_epoch
     if not batches.in_memory or steps is None:
         return 1
     if device.platform != "cpu":
         return max((k for k in range(10, 21) if steps % k == 0), default=min(steps, 20))
-    most = max(k for k in range(1, 21) if log_every % k == 0)
-    return 1 if convolves() else min(steps, most)
+    most = min(steps, max(k for k in range(1, 21) if log_every % k == 0))
+    return 1 if most == 1 or alone() else most

@@ -150,24 +150,24 @@ def test_an_accelerator_makes_many_steps_a_call_and_a_shorter_last_one(steps, ex
     batches = Batches((np.zeros((steps * 4, 1)), np.zeros(steps * 4, int)), 4, seed=0, devices=1)
     on = {name: types.SimpleNamespace(platform=name) for name in ("cpu", "gpu", "tpu")}
     for name in ("gpu", "tpu"):
-        assert steps_per_call(on[name], batches, log_every=50, convolves=lambda: True) == expected
+        assert steps_per_call(on[name], batches, log_every=50, alone=lambda: True) == expected
     calls = [len(rows) for rows, _ in batches.epoch(0, expected)]
     assert sum(calls) == steps and set(calls[:-1]) <= {expected} and calls[-1] <= expected
     x, labels = data()
     listed = Batches([(x[:16], labels[:16])] * 12, 16, seed=0, devices=1)
-    assert steps_per_call(on["gpu"], listed, log_every=50, convolves=lambda: False) == 1
+    assert steps_per_call(on["gpu"], listed, log_every=50, alone=lambda: False) == 1
 
 
 @pytest.mark.parametrize(("log_every", "expected"), [(50, 10), (12, 12), (1, 1), (7, 7), (40, 12)])
 def test_a_cpu_makes_a_divisor_of_log_every_and_one_where_networks_convolve(log_every, expected):
     batches = Batches((np.zeros((48, 1)), np.zeros(48, int)), 4, seed=0, devices=1)  # 12 steps
     cpu = types.SimpleNamespace(platform="cpu")
-    assert steps_per_call(cpu, batches, log_every, convolves=lambda: False) == expected
-    assert steps_per_call(cpu, batches, log_every, convolves=lambda: True) == 1
+    assert steps_per_call(cpu, batches, log_every, alone=lambda: False) == expected
+    assert steps_per_call(cpu, batches, log_every, alone=lambda: True) == 1
 
 
 def test_several_steps_a_call_end_as_single_ones(monkeypatch):
-    """The same bits, records and checkpoints; five calls, the last of them shorter."""
+    """The same bits and records; four calls an epoch, the last of them shorter."""
     options = {"epochs": 2, "batch_size": 8, "log_every": 3, "eval_data": data(1)}
     x, labels = data()
     made = []
@@ -178,7 +178,7 @@ def test_several_steps_a_call_end_as_single_ones(monkeypatch):
         return fit(mlp(1), (x[:80], labels[:80]), teacher=mlp(2), metric="cw2", **options)
 
     several = run()
-    monkeypatch.setattr(training._plan, "_convolve", lambda *given: True)
+    monkeypatch.setattr(training._plan, "_alone", lambda *given: True)
     single = run()
     assert made == [3, 1] and several.history == single.history
     jax.tree.map(np.testing.assert_array_equal, several.state.variables, single.state.variables)

@@ -110,6 +110,9 @@ def test_of_old_code_it_is_known_which_solver_it_took():
     with pytest.raises(CheckpointError, match="cw2 solver sinkhorn -> auto"):
         check_same(old, described("cw2", coefs=["auto"]), "here")
     check_same(old, described("cw2:solver=sinkhorn", coefs=["auto"]), "here")
+    both = old | {"metric": ["w2:solver=exact+cw2"]}
+    with pytest.raises(CheckpointError, match=r"\(term 2, cw2 solver sinkhorn -> auto\)"):
+        check_same(both, described("w2:solver=exact+cw2", coefs=["auto"]), "here")
     said = old | {"metric": ["cw2:solver=auto"]}
     check_same(said, described("cw2:solver=auto", coefs=["auto"]), "here")
 
