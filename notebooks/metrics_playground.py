@@ -353,8 +353,8 @@ plt.show()
 kept = jnp.concatenate([jnp.arange(9), jnp.arange(36)])
 uneven = (z_s[kept], z_t[kept], labels[kept])
 plans = {
-    "w2": losses.w2(uneven[0], uneven[1], epsilon=0.3, has_aux=True)[1].coupling,
-    "cw2": losses.cw2(*uneven, epsilon=0.3, has_aux=True)[1].coupling,
+    "w2": losses.w2(*uneven[:2], solver="sinkhorn", epsilon=0.3, has_aux=True)[1].coupling,
+    "cw2": losses.cw2(*uneven, solver="sinkhorn", epsilon=0.3, has_aux=True)[1].coupling,
 }
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.9), sharey=True)
 for axis, (name, plan) in zip(axes, plans.items(), strict=True):
@@ -446,14 +446,15 @@ def show(metric="w2", epsilon=0.01, beta=1.0, shrinkage=0.1, outlier=0.0):
     takes = {"w2": ["epsilon"], "cw2": ["epsilon"], "jw2": ["epsilon", "beta"]}
     takes["gaussian-kl"] = ["shrinkage"]
     options = {name: everything[name] for name in takes.get(metric, [])}
+    solver = {"solver": "sinkhorn"} if "epsilon" in options else {}
     z = z_s.at[0, 0].add(outlier)
-    value, gradient = jax.value_and_grad(distance(metric, **options))(z)
+    value, gradient = jax.value_and_grad(distance(metric, **options, **solver))(z)
     _, axes = grid(1, 1, size=(5, 3.6))
     scatter(axes[0, 0], z, z_t)
     arguments = {"w2": (), "cw2": (labels,), "jw2": (h_s, h_t)}
     if metric in arguments:
         loss = losses.METRICS[metric].function
-        _, info = loss(z, z_t, *arguments[metric], **options, has_aux=True)
+        _, info = loss(z, z_t, *arguments[metric], **options, **solver, has_aux=True)
         draw_coupling(axes[0, 0], info.coupling, z, z_t, tint=0.5)
     draw_arrows(axes[0, 0], z, -gradient)
     told = ", ".join(f"{name} = {option:g}" for name, option in options.items())

@@ -182,7 +182,8 @@ def make_plan(
     total = _total_steps(batches, epochs, max_steps)
     chosen = optimizer or _default_optimizer(total)
     bodies = _bodies(networks, students, frozen, chosen, task_coef)
-    sample = jax.eval_shape(lambda x: preprocess(x, None), batches.sample)
+    prepare = jax.make_jaxpr(lambda x: preprocess(x, None), return_shape=True)
+    prepared, sample = prepare(batches.sample)
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
     key = jax.random.key(seed)
     states = place([init_state(network, chosen, sample, key=key) for network in networks])
@@ -221,7 +222,7 @@ def make_plan(
             devices[here[0]],
             batches,
             log_every,
-            lambda: _alone(traced, preprocess, frozen, teacher_variables, batches.sample),
+            lambda: _alone(prepared, traced, frozen, teacher_variables, sample),
         ),
         checkpoint_dir=checkpoint_dir,
         save_every=save_every,
@@ -268,18 +269,16 @@ def _traced(network: Network | None, variables: Any, sample: Any) -> tuple[Any, 
 _HEAVY = 5e8
 
 
-def _alone(students, preprocess: Preprocess, teacher, variables: Any, sample: Any) -> bool:
+def _alone(prepared: Any, students, teacher, variables: Any, sample: Any) -> bool:
     """Tell whether steps are better made one by one on a CPU: heavy ones, and where one convolves.
 
     A convolution's backward pass inside a loop runs 20 to 50 times slower there (measured: 47 ms
     per step alone, 1,600 ms in ``lax.scan``).
     """
-    prepare = jax.make_jaxpr(lambda x: preprocess(x, None), return_shape=True)
-    prepared, images = prepare(sample)
     programs = [prepared, *(program for program, _ in students)]
     size = sum(np.prod(v.aval.shape) for program in programs[1:] for v in program.jaxpr.invars)
     if teacher is not None:
-        programs.append(_traced(teacher, variables, images)[0])
+        programs.append(_traced(teacher, variables, sample)[0])
     convolves = any("conv_general_dilated" in str(program) for program in programs)
     return convolves or size * jax.tree.leaves(sample)[0].shape[0] > _HEAVY
 

@@ -68,6 +68,9 @@ class Records:
         # A sum of metrics reports its terms beside it.
         names = [*self._names, *(k for k in metrics if k.startswith("distillation_loss/"))]
         columns = {name: np.asarray(metrics[name], np.float64) for name in names}
+        if self._window and self._window[0].keys() != columns.keys():
+            # The steps before a resumption, which may have spelled the terms in another way.
+            self._window = [dict(zip(names, old.values(), strict=True)) for old in self._window]
         losses = columns["loss"]
         for i in range(len(losses)):
             values = {name: float(column[i]) for name, column in columns.items()}

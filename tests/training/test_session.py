@@ -17,7 +17,7 @@ from clouds import draw
 from flax import nnx
 
 from kd2m_jax import CheckpointError, Stopped, fit, models
-from kd2m_jax.internal import locked
+from kd2m_jax.internal import Records, locked
 from kd2m_jax.training import _session as session_module
 from kd2m_jax.training._checkpoints import Checkpoints
 
@@ -97,6 +97,21 @@ def test_a_run_cut_by_max_steps_goes_on_in_the_middle_of_its_epoch(whole, tmp_pa
     run(checkpoint_dir=tmp_path / "sgd", max_steps=9, **sgd)
     resumed, straight = run(checkpoint_dir=tmp_path / "sgd", **sgd), run(**sgd)
     chex.assert_trees_all_equal(resumed.state.params, straight.state.params)
+
+
+def test_terms_that_are_spelled_in_another_way_are_taken_up_between_records():
+    def step(term, value):
+        names = ("loss", "task_loss", "accuracy", "distillation_loss", "coef", term)
+        return {name: np.array([value + k]) for k, name in enumerate(names)}
+
+    begun, resumed = (Records([], has_teacher=True, total=2) for _ in range(2))
+    begun.add(1, 1, step("distillation_loss/w2", 1.0))
+    resumed.replay(begun.state())
+    resumed.add(2, 1, step("distillation_loss/w2:solver=sinkhorn", 3.0))
+    resumed.settle()
+    resumed.close()
+    assert list(resumed.history[0].values())[-3:] == [5.0, 6.0, 7.0]
+    assert "distillation_loss/w2:solver=sinkhorn" in resumed.history[0]
 
 
 def test_a_list_of_batches_is_taken_up_in_the_middle_of_an_epoch(tmp_path):
