@@ -185,6 +185,12 @@ class RunFolder:
                     f"{self.path} was begun with other compiler settings ({then}, now {now}): what "
                     "is still to be trained may differ in its last digits."
                 )
+            for term, solver in before.get("solver", {}).items():
+                if (now := env.get("solver", {}).get(term)) not in (None, solver):
+                    print(
+                        f"{self.path} was begun with solver {solver} for {term}, and goes on here "
+                        f"with {now}: their gradients differ."
+                    )
             env |= {"images_per_second": speed}
             if changed := {k: v for k, v in before.items() if env.get(k) != v}:
                 earlier = [*earlier, changed]

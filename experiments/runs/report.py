@@ -68,7 +68,9 @@ def write(folder: RunFolder) -> None:
 
 def _environment(env: dict):
     """Yield the lines of env.json, flat."""
-    flat = {k: v for k, v in env.items() if k not in ("packages", "images_per_second", "earlier")}
+    apart = ("packages", "images_per_second", "earlier", "solver")
+    flat = {k: v for k, v in env.items() if k not in apart}
+    flat |= {f"solver of {term}": solver for term, solver in env.get("solver", {}).items()}
     yield from {**flat, **env["packages"]}.items()
     for phase, speed in env["images_per_second"].items():
         yield f"images/s, {TITLES[phase]}, evaluations included", f"{speed:,}"

@@ -143,9 +143,7 @@ def devices() -> dict:
 def ran(plan: Plan) -> dict:
     """Return what env.json says of the solvers that ran, if the metric has any."""
     found = solvers(plan.metric)
-    return (
-        {"solver": ", ".join(f"{term} {solver}" for term, solver in found.items())} if found else {}
-    )
+    return {"solver": found} if found else {}
 
 
 def _check_processes_agree(config: RunConfig) -> None:

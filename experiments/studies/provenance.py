@@ -1,19 +1,20 @@
 """Where a study's numbers come from: machines, versions, dates and training time. No JAX."""
 
 import datetime
+import re
 from collections.abc import Iterable
 
 from experiments.common.machine import processor
 from experiments.runs.folder import ALONE
 from experiments.studies.grid import Cell
 
-_HOST = ("python", "machine", "cpu", "cores", "devices", "solver")
+_HOST = ("python", "machine", "cpu", "cores", "devices")
 
 
 def of(cells: list[Cell]) -> dict:
     """Collect the first cell's environment, the differences between cells, and training seconds."""
     ones = list({cell.folder: cell for cell in cells}.values())
-    environments = [cell.folder.environment for cell in ones]
+    environments = [_with_solver(cell, cell.folder.environment) for cell in ones]
     # A run that was resumed with other versions lists the versions that it was begun with apart.
     every = [
         _flat({**env, **other}) for env in environments for other in ({}, *env.get("earlier", []))
@@ -51,8 +52,17 @@ def sentence(found: dict) -> str:
     )
 
 
+def _with_solver(cell: Cell, env: dict) -> dict:
+    """Say of runs from before solvers were written down what they took."""
+    terms = cell.folder.config.metric.split("+")
+    unsaid = [term for term in terms if re.fullmatch(r"(w2|cw2|jw2)(@\w+)?(:.*)?", term)]
+    took = {term: "sinkhorn" for term in unsaid if "solver=" not in term}
+    return {**({"solver": took} if took else {}), **env}
+
+
 def _flat(env: dict) -> dict:
-    return {key: env[key] for key in _HOST if key in env} | env["packages"]
+    solvers = {f"solver of {term}": name for term, name in env.get("solver", {}).items()}
+    return {key: env[key] for key in _HOST if key in env} | solvers | env["packages"]
 
 
 def _distinct(values: Iterable) -> list:

@@ -15,10 +15,11 @@ def test_rows_and_notes(tmp_path):
     assert not any("MISSED" in note for note in notes)
     for row in rows:
         assert row["value off"] <= 1e-5 and abs(row["pairing off"]) <= 1e-6 and row["ms"] > 0
-        assert row["gradient off"] <= 1e-5 or row["clouds"] == "one-hot both"
+        assert row["gradient off"] <= 1e-5
+        assert (row["ties"] > 0.1) == (row["clouds"] == "one-hot both")
     assert rows[0]["POT's gradient off"] <= 1e-5
-    wrong = {**rows[0], "gradient off": 0.1, "pairing off": 1e-4}
-    assert "MISSED" in transport.verdicts([wrong])[-1]
+    for wrong in ({"gradient off": 0.1}, {"pairing off": 1e-4}, {"value off": 1e-3}):
+        assert "MISSED" in transport.verdicts([{**rows[0], **wrong}])[-1]
     slow = {**rows[0], "n": 512, "times": 3.0}
     assert transport.verdicts([slow]) == [
         "w2, confused, 512: POT's time over ours: 3.00, target at least 4: MISSED"

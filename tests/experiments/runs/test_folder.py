@@ -82,6 +82,18 @@ def test_other_compiler_settings_are_said_and_kept(tmp_path, monkeypatch, capsys
     assert env["xla_flags"] == ["--xla_some=1"] and env["earlier"] == [{"xla_flags": []}]
 
 
+def test_another_solver_is_said(tmp_path, capsys):
+    """Begun on a GPU, say, and continued on a CPU."""
+    folder = RunFolder(tmp_path)
+    folder.write_environment(devices=["gpu"], solver={"w2": "sinkhorn"})
+    folder.write_environment(devices=["gpu"], solver={"w2": "sinkhorn"})
+    assert capsys.readouterr().out == ""
+    folder.write_environment(devices=["cpu"], solver={"w2": "exact"})
+    assert (
+        "begun with solver sinkhorn for w2, and goes on here with exact" in capsys.readouterr().out
+    )
+
+
 def finished(folder):
     """Leave a small finished run there; returns its flags."""
     flags = [f"--out={folder}", "--max-steps=2", "--metric=l2", *SMALL]

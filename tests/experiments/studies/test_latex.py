@@ -8,7 +8,7 @@ from experiments.studies import table as tables
 from experiments.studies.grid import Grid, cells
 
 FIELDS = [field.name for field in dataclasses.fields(RunConfig)]
-CONFIG = RunConfig(**dict.fromkeys(FIELDS, 1) | {"coef": (1.0,), "published": None})
+CONFIG = RunConfig(**dict.fromkeys(FIELDS, 1) | {"coef": (1.0,), "published": None, "metric": "w2"})
 
 
 def written(one, accuracy, **env):

@@ -9,7 +9,7 @@ from experiments.studies import table as tables
 from experiments.studies.grid import Grid, cells
 
 FIELDS = [field.name for field in dataclasses.fields(RunConfig)]
-CONFIG = RunConfig(**dict.fromkeys(FIELDS, 1) | {"coef": (1.0,), "published": None})
+CONFIG = RunConfig(**dict.fromkeys(FIELDS, 1) | {"coef": (1.0,), "published": None, "metric": "w2"})
 
 
 def written(one, accuracy, **env):
@@ -34,6 +34,7 @@ def test_a_table_tells_where_its_numbers_come_from(tmp_path):
     ones = cells(Grid(2, out=str(tmp_path)), ("digits",), ("w2",))
     host = {"cpu": "A CPU", "cores": 7, "python": "3.11", "machine": "x", "devices": ["cpu"]}
     versions = [{"packages": {"jax": "1", "numpy": n}} for n in ("2", "2", "3", "2")]
+    versions[3]["solver"] = {"w2": "exact"}  # the others were made before solvers were noted
     versions[1]["earlier"] = [{"packages": {"jax": "0", "numpy": "2"}}]
     speeds = [{"teacher": 10, "student": 50}, {"distilled": 5}, {"teacher": 10}, {"distilled": 5}]
     for one, version, speed in zip(ones, versions, speeds, strict=True):
@@ -41,7 +42,9 @@ def test_a_table_tells_where_its_numbers_come_from(tmp_path):
         os.utime(one.folder.path / "config.json", (86400 * (100 + one.seed),) * 2)
     found = tabled(tmp_path, ones)[1]
     assert found["environment"]["cpu"] == "A CPU" and found["environment"]["cores"] == 7
-    assert found["differ"] == {"jax": ["1", "0"], "numpy": ["2", "3"]}
+    assert found["differ"] == {
+        "jax": ["1", "0"], "numpy": ["2", "3"], "solver of w2": ["sinkhorn", "exact"]
+    }  # fmt: skip
     # Batches of one, 500 steps: 500 / 10 + 500 / 50 + 500 / 5 and the same without the student.
     assert found["training_seconds"] == 160 + 150
     assert found["trainings"] == {"timed": 5, "all": 6}

@@ -17,7 +17,7 @@ from experiments.studies import table as tables
 from experiments.studies.grid import Grid, cell, cells
 
 FIELDS = [field.name for field in dataclasses.fields(RunConfig)]
-CONFIG = RunConfig(**dict.fromkeys(FIELDS, 1) | {"coef": (1.0,), "published": None})
+CONFIG = RunConfig(**dict.fromkeys(FIELDS, 1) | {"coef": (1.0,), "published": None, "metric": "w2"})
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=64", "--max-steps=3"]
 
 
