@@ -4,8 +4,9 @@ import importlib.metadata
 import os
 
 # Measured with jaxlib 0.10.2 on one core: the tests of the losses compile in 14.7 CPU seconds
-# with it instead of 39.6, and losses and training steps run as fast within 5%. jaxlib 0.11 no
-# longer knows the flag, and a flag that XLA does not know ends the process.
+# with it instead of 39.6, and losses and training steps run as fast within 5%, but for exact
+# transport, which takes 1.15 to 1.6 times as long. jaxlib 0.11 no longer knows the flag, and a
+# flag that XLA does not know ends the process.
 _OLDER_CODE_GENERATOR = "--xla_cpu_use_fusion_emitters=false"
 # XLA's own passes stay, LLVM's do not: half the time to compile, steps 13 times slower. For
 # processes that run each program a few times.
