@@ -233,9 +233,10 @@ def fit(
       TypeError: a model that is none of the three kinds, or returns no logits; labels that are not
         integers.
       NonFiniteLoss: the loss became NaN or infinite; names the step.
-      Stopped: with a checkpoint folder, on SIGTERM: the step is finished and saved first. A
-        SystemExit of status 143, so a program that does not catch it ends there. Ctrl-C does the
-        same and raises KeyboardInterrupt; a second one does not wait for the step.
+      Stopped: with a checkpoint folder, on SIGTERM: the step, or up to 20 short ones that are one
+        call, is finished and saved first. A SystemExit of status 143, so a program that does not
+        catch it ends there. Ctrl-C does the same and raises KeyboardInterrupt; a second one does
+        not wait for the step.
 
     Example:
       >>> import jax, jax.numpy as jnp

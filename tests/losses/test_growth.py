@@ -1,7 +1,7 @@
 """How time and memory grow with samples, features and classes: as each docstring says.
 
 What XLA counts for the compiled program stands for both: operations (a loop's body once, and
-nothing of what LAPACK does) and temporary bytes.
+nothing of what LAPACK does) and temporary bytes. Bounds from above; in n from below too.
 """
 
 import functools
@@ -71,20 +71,3 @@ def test_time_and_memory_grow_as_the_docstrings_say(name):
 
 def test_every_loss_is_in_the_table():
     assert {name.partition(":")[0] for name in GROWTH} == set(losses.METRICS)
-
-
-@pytest.mark.parametrize("name", ["cw2", "gaussian-cw2", "gaussian-ckl", "cmmd-rbf"])
-def test_more_classes_cost_nothing(name):
-    """The number of labels is data: one program for all."""
-    metric = losses.get_metric(name)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)
-    traced = []
-
-    @jax.jit
-    def value(z, labels):
-        traced.append(name)
-        return metric(Outputs(z), Outputs(z + 1), labels)
-
-    for classes in (2, 20, 64):
-        value(x, jnp.arange(64) % classes)
-    assert traced == [name]

@@ -54,7 +54,7 @@ def test_history_and_results():
         mlp(1),
         data(),
         teacher=teacher,
-        metric="cw2",
+        metric="cw2:solver=sinkhorn",
         coef=0.01,
         epochs=20,
         batch_size=16,

@@ -110,7 +110,14 @@ def test_the_step_is_algorithm_1():
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("metric", ["cw2", pytest.param("gaussian-kl", marks=slow)])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "cw2",
+        pytest.param("cw2:solver=sinkhorn", marks=slow),
+        pytest.param("gaussian-kl", marks=slow),
+    ],
+)
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 @pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
 def test_four_devices_give_the_parameters_of_one(wrapper, kind, metric):
