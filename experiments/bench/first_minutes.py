@@ -98,7 +98,8 @@ def _run(code: str, environment: dict[str, str]) -> tuple[dict, str]:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, **environment},
+        # Not the programs' folder of this process, which would make a cold start warm.
+        env={k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | environment,
         capture_output=True,
         text=True,
     )
