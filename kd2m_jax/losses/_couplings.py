@@ -19,6 +19,7 @@ from kd2m_jax.losses._solvers import (
     dual_start,
     paired_plan,
     sinkhorn_plan,
+    transport_plan,
     varying_alike,
 )
 
@@ -56,7 +57,7 @@ def transport(
         value, info = _by_platform(cost, groups, epsilon, x, y, has_aux)
     else:
         name = "sinkhorn" if solver == "auto" else solver
-        value, info = _coupled(cost, groups, name, epsilon, x, y)
+        value, info = _coupled(cost, groups, COUPLINGS[name], epsilon, x, y)
     return value if info is None or not has_aux else (value, info)
 
 
@@ -74,11 +75,11 @@ def _paired(cost: PairCost, groups: Groups, x: Any, y: Any) -> tuple[jax.Array, 
 
 
 def _coupled(
-    cost: PairCost, groups: Groups, solver: str, epsilon: float, x: Any, y: Any
+    cost: PairCost, groups: Groups, solve: Callable, epsilon: float, x: Any, y: Any
 ) -> tuple[jax.Array, TransportInfo]:
     """``<stop_gradient(P), C>`` for the plan P of an iterative solver."""
     pair_costs = _nonnegative(cost.matrix(x, y))
-    plan = COUPLINGS[solver](_fixed(pair_costs, groups), groups, epsilon)
+    plan = solve(_fixed(pair_costs, groups), groups, epsilon)
     info = jax.lax.stop_gradient(plan)
     return jnp.sum(info.coupling * pair_costs), info
 
@@ -101,7 +102,8 @@ def _by_platform(
         return branch
 
     paired = functools.partial(_paired, cost, groups)
-    coupled = functools.partial(_coupled, cost, groups, "sinkhorn", epsilon)
+    elsewhere = functools.partial(transport_plan, on_cpu=False)
+    coupled = functools.partial(_coupled, cost, groups, elsewhere, epsilon)
     value, gradient, info = jax.lax.platform_dependent(
         *jax.lax.stop_gradient((x, y)), cpu=with_gradient(paired), default=with_gradient(coupled)
     )

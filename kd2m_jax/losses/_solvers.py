@@ -297,7 +297,9 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
     return TransportInfo(coupling, (error <= 5e-4) & (gap <= 1e-3), n_iters)
 
 
-def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
+def transport_plan(
+    cost: jax.Array, groups: Groups, epsilon: float, *, on_cpu: bool = True
+) -> TransportInfo:
     """Compute the entropic plan, or where that is slow to come an unregularised one.
 
     Either is within 1% of exact. For clouds whose clusters hold the same mass Sinkhorn takes 10 to
@@ -305,7 +307,7 @@ def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> Transport
     one, 2,000 are not enough, from any start and with any annealing that was tried: the error
     stays where it is, and with epsilon up to 0.02 that shows after 20. Then the exact plan takes
     over on a CPU, if there are as many samples on both sides (4 ms at n = 512), else the proximal
-    point method (130 to 410 iterations at n 128 and 512, d 512).
+    point method (130 to 410 iterations at n 128 and 512, d 512). Not ``on_cpu``, that one alone.
     """
     # With more entropy it converges, but not as steadily: a forecast would be wrong there.
     give_up = epsilon <= 0.02
@@ -315,7 +317,7 @@ def transport_plan(cost: jax.Array, groups: Groups, epsilon: float) -> Transport
         return ipot_plan(cost, groups, epsilon)
 
     def unregularised(before: TransportInfo) -> TransportInfo:
-        if cost.shape[0] == cost.shape[1]:
+        if on_cpu and cost.shape[0] == cost.shape[1]:
             found = jax.lax.platform_dependent(cost, groups, cpu=exact_plan, default=proximal)
         else:
             found = proximal(cost, groups)

@@ -68,6 +68,7 @@ def check_folder(run, networks):
     return lines
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_folder_and_another_puts_it_aside(monkeypatch, capsys, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -302,6 +303,7 @@ def test_a_diverging_run_names_the_step(monkeypatch, capsys, tmp_path):
     assert "the loss is not finite at step" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sum_of_metrics_with_a_projector(monkeypatch, capsys, tmp_path):
     networks = ["--teacher=mlp-32-16", "--student=mlp-8-12", "--max-steps=3", "--per-class=4"]
     sums = ["--metric=kd+cw2", "--coef=0.9,1e-3", "--task-coef=0.1"]

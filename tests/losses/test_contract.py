@@ -129,6 +129,7 @@ def test_gradients_reach_both_networks(name):
             assert (largest > 0) == (field in used(metric)), field
 
 
+@pytest.mark.slow
 @metrics
 def test_vmap_is_a_loop(name):
     metric = losses.get_metric(name)

@@ -139,6 +139,7 @@ def oracle(name, x, y, labels, **options):
     return oracles.by_class(getattr(oracles, name), x, y, labels, **options)
 
 
+@pytest.mark.slow
 @shapes
 @by_class
 @pytest.mark.parametrize("name", ["gaussian_w2", "gaussian_kl"])

@@ -256,6 +256,7 @@ def test_one_bad_number_makes_the_value_non_finite(name, options):
     assert hidden == []
 
 
+@pytest.mark.slow
 @variants
 def test_float64_stays_float64(name, options):
     metric = losses.get_metric(name, **options)

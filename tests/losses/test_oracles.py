@@ -161,6 +161,7 @@ def test_exact_transport_gradients_use_the_oracles_coupling(kind, n, d, classes)
         )
 
 
+@pytest.mark.slow
 @kinds
 def test_sinkhorn_gradients_use_their_own_coupling(kind):
     x, y, labels = draw(kind, 96, 24, classes=5)
@@ -184,6 +185,7 @@ def test_sinkhorn_gradients_use_their_own_coupling(kind):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_cost", ["cross_entropy", "kl", "sqeuclidean"])
 @pytest.mark.parametrize("solver", ["sinkhorn", "exact"])
 def test_jw2_gradients_with_respect_to_features_and_logits(label_cost, solver):
@@ -209,6 +211,7 @@ def test_jw2_gradients_with_respect_to_features_and_logits(label_cost, solver):
             np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=2e-2)
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize(("n", "d", "classes"), [(24, 40, 3), (60, 10, 5)])
 @pytest.mark.parametrize("covariance", ["full", pytest.param("diagonal", marks=pytest.mark.slow)])

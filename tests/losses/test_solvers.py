@@ -56,6 +56,7 @@ def test_auto_is_exact_on_the_cpu(name):
     assert its_info.coupling.max() > 0 and (its_info.coupling > 0).sum() == 24
 
 
+@pytest.mark.slow
 def test_auto_is_sinkhorn_where_it_has_to_be():
     x, y = arguments("w2")
     assert losses.w2(x, y[:20], solver="auto") == losses.w2(x, y[:20], solver="sinkhorn")
@@ -85,6 +86,7 @@ def test_no_matrix_is_kept_for_the_gradient(name):
     assert max((leaf.size for leaf in jax.tree.leaves(kept)), default=0) < n * n
 
 
+@pytest.mark.slow
 @names
 def test_memory_of_the_exact_loss(name):
     """In matrices of n x n: one of costs, padded or masked for the classes."""
@@ -108,6 +110,7 @@ def test_the_gradient_of_a_teacher_that_all_devices_share():
         check_close(jax.jit(shared)(students, y), sum(slope(y, x) for x in students))
 
 
+@pytest.mark.slow
 @first
 def test_transformations_of_auto(name):
     problems = [arguments(name, seed=seed) for seed in range(4)]

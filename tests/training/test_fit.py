@@ -27,7 +27,7 @@ def mlp(seed, width=8):
 
 def run(**options):
     options = {"epochs": 4, "batch_size": 16, "eval_data": data(1), "seed": 5} | options
-    return fit(mlp(1), data(), teacher=mlp(0, 32), metric="cw2", coef=0.01, **options)
+    return fit(mlp(1), data(), teacher=mlp(0, 32), metric="l2", coef=0.01, **options)
 
 
 def host(tree):

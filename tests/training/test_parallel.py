@@ -85,6 +85,7 @@ def variants(devices):
                 yield pytest.param(name, wrapper, count, id=case, marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "wrapper", "devices"), list(variants((1, 2, 4, 8))))
 def test_value_and_gradient_do_not_depend_on_the_number_of_devices(name, wrapper, devices):
     if devices > jax.device_count():

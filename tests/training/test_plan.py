@@ -50,6 +50,7 @@ def assert_close(found, expected):
         )
 
 
+@pytest.mark.slow
 def test_each_student_ends_as_it_would_alone():
     seen = []
     students = [mlp(1), mlp(2), mlp(1, 16)]  # other weights, another network
@@ -118,6 +119,7 @@ def test_students_with_batch_statistics_and_a_preprocess_end_as_they_would_alone
         assert_close(result, trained(*one))
 
 
+@pytest.mark.slow
 def test_an_interrupted_population_goes_on_to_the_same_bits(tmp_path):
     sgd = {"optimizer": optax.sgd(0.1)}
     run(mlp(1), METRICS, COEFS, checkpoint_dir=tmp_path, max_steps=9, **sgd)

@@ -30,13 +30,6 @@ def mlp(seed, width=6):
     return models.MLP((8, width), 3, in_features=D, rngs=nnx.Rngs(seed))
 
 
-@pytest.fixture(autouse=True)
-def _none_kept_yet():
-    """Make room: earlier tests may have filled it, and then each program takes another's place."""
-    for key in list(_programs._programs):
-        _programs._forget(key)
-
-
 @pytest.fixture
 def traces():
     """Make a preprocess that counts how often a training step is traced."""
@@ -128,6 +121,8 @@ def count():
 
 
 def test_a_callers_function_is_held_weakly_and_takes_its_program_along():
+    for key in list(_programs._programs):  # where there is no room each takes another's place
+        _programs._forget(key)
     run(None)  # what does not depend on it stays
     before = count()
 
@@ -163,6 +158,7 @@ def test_a_program_that_holds_an_array_or_a_hidden_function_is_not_kept(where):
     assert count() == before
 
 
+@pytest.mark.slow
 def test_a_result_that_is_dropped_leaves_nothing_on_the_device():
     class Net(nn.Module):
         @nn.compact

@@ -40,7 +40,7 @@ def mlp(seed, width=8):
 def run(**options):
     """Four epochs of six steps."""
     defaults = {"epochs": 4, "batch_size": 16, "eval_data": data(1), "seed": 5, "log_every": 1}
-    defaults |= {"data": data(), "teacher": mlp(0, 32), "metric": "cw2", "coef": 0.01}
+    defaults |= {"data": data(), "teacher": mlp(0, 32), "metric": "l2", "coef": 0.01}
     return fit(mlp(1), **defaults | options)
 
 
@@ -265,7 +265,7 @@ OTHER = [
     ({"seed": 6}, "seed 5 -> 6"),
     ({"batch_size": 24}, "batch_size 16 -> 24"),
     ({"per_class": 2}, "per_class None -> 2"),
-    ({"metric": "w2"}, r"metric \['cw2'\] -> \['w2'\]"),
+    ({"metric": "w2"}, r"metric \['l2'\] -> \['w2'\]"),
     ({"coef": 0.1}, r"coef \[0.01\] -> \[0.1\]"),
 ]
 
@@ -389,11 +389,12 @@ def test_a_callback_that_raises_loses_nothing(step, whole, tmp_path):
     assert_same(run(checkpoint_dir=tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_population_whose_callback_raises_loses_no_record(tmp_path):
     def population(**options):
         networks = [mlp(1), mlp(2)]
         options |= {"epochs": 2, "batch_size": 16, "eval_data": data(1), "log_every": 4, "seed": 5}
-        return fit(networks, data(), teacher=mlp(0, 32), metric="cw2", coef=0.01, **options)
+        return fit(networks, data(), teacher=mlp(0, 32), metric="l2", coef=0.01, **options)
 
     def fail(record):
         if record["step"] == 6 and record["student"] == 0 and not record.get("replayed"):

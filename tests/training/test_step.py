@@ -134,6 +134,7 @@ def test_four_devices_give_the_parameters_of_one(wrapper, kind, metric):
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, variables))
 
 
+@pytest.mark.slow
 def test_pmap_on_a_subset_of_the_devices_and_a_batch_that_does_not_split():
     one, _ = train(kd2m_jax.make_train_step, "nnx", "cw2", steps=1)
     two, _ = train(
@@ -198,6 +199,7 @@ def test_without_a_teacher_a_step_is_plain_cross_entropy():
     assert metrics["loss"] == metrics["task_loss"]
 
 
+@pytest.mark.slow
 def test_students_can_be_vmapped():
     """Three students in one program, as a sweep over seeds would have it."""
     batch, teacher, variables = setting()

@@ -15,6 +15,7 @@ from experiments.runs.folder import RunFolder
 from kd2m_jax import models
 
 
+@pytest.mark.slow
 def test_features_take_so_many_examples_of_ten_classes(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (90, 4, 4, 1), dtype=np.uint8)

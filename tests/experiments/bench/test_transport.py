@@ -7,6 +7,7 @@ from experiments.bench import transport
 from experiments.bench.clouds import clouds
 
 
+@pytest.mark.slow
 def test_rows_and_notes(tmp_path):
     """An answer that is off by more than its target is named."""
     options = {"sizes": (24,), "kinds": ("confused",), "traps": ("one-hot both",), "classes": (3,)}

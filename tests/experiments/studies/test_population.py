@@ -121,6 +121,7 @@ def killed_after_one(hand_over):
     return hand
 
 
+@pytest.mark.slow
 def test_one_that_diverges_leaves_the_others_to_themselves(monkeypatch, tmp_path):
     flags = ["--metric=l2", "--max-steps=3", "--coefs", "1", "1e38"]
     in_process(monkeypatch, tradeoff, tradeoff.Tradeoff(), tmp_path, *flags)
