@@ -28,6 +28,7 @@ def table_row(name, info):
     return f"| `{name}` | `{formula}` | {', '.join(info.needs) or '–'} | {info.source} |"
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run_one_after_the_other():
     namespace = {}
     for code in blocks("python"):

@@ -23,11 +23,11 @@ DATA = Path(os.environ.get("KD2M_DATA_DIR", ROOT.parent / "shared" / "data" / "t
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=8", "--max-steps=3"]
 
 
-# The two others differ in their data sets alone, which tests/experiments/data reads.
-slow = [pytest.param(*main, marks=pytest.mark.slow) for main in MAINS[1:3]]
+# The others differ in their data sets alone, which tests/experiments/data reads.
+slow = [pytest.param(*main, marks=pytest.mark.slow) for main in MAINS[1:]]
 
 
-@pytest.mark.parametrize(("name", "module", "flags"), [MAINS[0], *slow, MAINS[3]])
+@pytest.mark.parametrize(("name", "module", "flags"), [MAINS[0], *slow])
 def test_a_main_trains_on_its_data_set(name, module, flags, monkeypatch, capsys, tmp_path):
     fake_archives(name, tmp_path / "data/downloads/manual")
     register(monkeypatch, name, tmp_path / "data/downloads/manual")

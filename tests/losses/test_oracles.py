@@ -109,7 +109,7 @@ def test_small_singular_values_are_kept_in_a_large_batch():
 
 @kinds
 @shapes
-@pytest.mark.parametrize("covariance", ["full", "diagonal"])
+@pytest.mark.parametrize("covariance", ["full", pytest.param("diagonal", marks=pytest.mark.slow)])
 def test_gaussian_values(kind, n, d, classes, covariance):
     x, y, labels = draw(kind, n, d, classes=classes)
     args, by = single(x, y), single(x, y, labels)

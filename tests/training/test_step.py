@@ -118,8 +118,11 @@ slow = pytest.mark.slow
         pytest.param("gaussian-kl", marks=slow),
     ],
 )
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
-@pytest.mark.parametrize("wrapper", ["pmap", "shard_map"])
+@pytest.mark.parametrize(
+    ("wrapper", "kind"),
+    [("pmap", "nnx"), ("shard_map", "linen"),
+     pytest.param("pmap", "linen", marks=slow), pytest.param("shard_map", "nnx", marks=slow)],
+)  # fmt: skip
 def test_four_devices_give_the_parameters_of_one(wrapper, kind, metric):
     assert jax.device_count() == 4
     _, _, variables = setting()
