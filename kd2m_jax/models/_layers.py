@@ -1,7 +1,7 @@
 """The layers of our networks, with torch's padding and epsilon and with quick initialisers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,9 +32,6 @@ def conv(
         padding=((kernel // 2, kernel // 2), (kernel // 2, kernel // 2)),
         use_bias=False,
         kernel_init=_he_normal_over_outputs,
-        conv_general_dilated=_sliced_product
-        if kernel == 1 < stride
-        else jax.lax.conv_general_dilated,
         dtype=dtype,
         rngs=rngs,
     )
@@ -63,21 +60,6 @@ def head(features: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs) -> n
     """Make a classifier that computes in float32 at least, with the kernel of torch's Linear."""
     dtype = jnp.promote_types(dtype, jnp.float32)
     return nnx.Linear(features, num_classes, kernel_init=_uniform, dtype=dtype, rngs=rngs)
-
-
-def _sliced_product(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **options: Any
-) -> jax.Array:
-    """Apply a strided 1x1 convolution as one product of the pixels that it keeps."""
-    del padding  # there is none around a 1x1 kernel
-    # The weight gradient of the convolution itself convolves: 128 images of 32 x 32 x 16 to 32
-    # channels take 5.2 CPU ms with it and 1.3 so, 32 of 16 x 16 x 512 to 1,024 take 126 and 24
-    # (jaxlib 0.10; 4.8 and 1.4, 76 and 25 with 0.12). Values agree to the rounding of float32.
-    kept = jax.lax.slice(x, (0, 0, 0, 0), x.shape, (1, *strides, 1))
-    # One matrix of pixels: XLA does not merge the axes on its own, and then takes 4.4 ms, not 1.5.
-    pixels = kept.reshape(-1, x.shape[-1])
-    product = jnp.matmul(pixels, kernel[0, 0], precision=options["precision"])
-    return product.reshape(*kept.shape[:3], kernel.shape[-1])
 
 
 def _quickly(draw: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
