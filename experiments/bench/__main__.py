@@ -5,7 +5,7 @@
 Each suite prints a table (times in milliseconds: median and quartiles, runs in turn), says which
 answers are right and which targets are met, and writes SUITE.json, with machine, versions and
 date, and where costs grow with size a log-log plot into --out. On two CPU cores: losses 12
-minutes, peers 7, growth 4, step 5, devices 3, start and population 2 each, classes and gaussian
+minutes, peers 7, growth half an hour (estimated), step 5, devices 3, start and population 2 each, classes and gaussian
 half a minute each.
 """
 
@@ -24,7 +24,7 @@ class Bench(Flags):
     suite: suites.Name = "peers"
     """peers: w2, cw2 against torch + POT and ott-jax; losses: w2, cw2, jw2 against torch + POT,
     value and gradient, on hard clouds too; classes: 10 against 1,000; gaussian: against
-    eigendecompositions; growth: with n and d; step: what a metric adds; start: until the first
+    eigendecompositions; growth: every loss; step: what a metric adds; start: until the first
     step; devices: the global batch; population: 8 students in one program; torch-cpu: steps
     beside torch's; gpu-*: on a GPU."""
     repeats: Annotated[int | None, optional("INT", "the suite's own")] = None

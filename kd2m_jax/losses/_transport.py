@@ -74,7 +74,7 @@ def w2(
     ==========  =======  ===========================  ========================================
 
     "exact" pairs samples by shortest augmenting paths, which is sequential: for CPUs, where it is
-    the fastest up to n = 8,192, the most that was measured, and not for GPUs. "auto" is decided
+    the faster one (measured up to n = 2,048), and not for GPUs. "auto" is decided
     for the platform that a program is compiled for; a second derivative of it is zero. Where
     Sinkhorn is not on the way to converge within 500 iterations (clusters that hold different
     mass on the two sides, say) an unregularised plan takes its place: "exact" on a CPU where n =
