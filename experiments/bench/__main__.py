@@ -5,8 +5,8 @@
 Each suite prints a table (times in milliseconds: median and quartiles, runs in turn), says which
 answers are right and which targets are met, and writes SUITE.json, with machine, versions and
 date, and where costs grow with size a log-log plot into --out. On two CPU cores: losses 12
-minutes, peers 7, growth half an hour (estimated), step 5, devices 3, start and population 2 each, classes and gaussian
-half a minute each.
+minutes, peers 7, growth half an hour (estimated), step 5, devices 3, start and population 2 each,
+classes and gaussian half a minute each.
 """
 
 import dataclasses

@@ -264,8 +264,8 @@ def _traced(network: Network | None, variables: Any, sample: Any) -> tuple[Any, 
     return jax.make_jaxpr(call, return_shape=True)(*variables, sample)
 
 
-# Parameters times examples of a step that may take a tenth of a second on a CPU (estimated): several
-# of them would keep Ctrl-C and a save waiting.
+# Parameters times examples of a step that may take a tenth of a second on a CPU (estimated):
+# several of them would keep Ctrl-C and a save waiting.
 _HEAVY = 5e8
 
 
