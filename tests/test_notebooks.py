@@ -41,7 +41,7 @@ SECONDS = 90  # to run one, on two cores
 def execute(notebook, folder):
     """Run all cells in a fresh kernel on the CPU, as one device, in an empty folder.
 
-    Once more where a cell does not end: seen once, with an idle kernel whose last message had not
+    Once more where a cell does not end: seen twice, with an idle kernel whose last message had not
     arrived, and the client waiting for it.
     """
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -49,8 +49,8 @@ def execute(notebook, folder):
     for last in (False, True):
         client = nbclient.NotebookClient(
             copy.deepcopy(notebook),
-            timeout=200,  # of a cell; both long, for a machine that does other things too
-            startup_timeout=300,
+            timeout=SECONDS,  # of a cell
+            startup_timeout=300,  # long, for a machine that does other things too
             resources={"metadata": {"path": str(folder)}},
             record_timing=False,
         )

@@ -84,8 +84,9 @@ def test_two_processes_end_with_the_result_of_one(alone, tmp_path):
 @pytest.mark.parametrize(
     ("which", "sent", "statuses", "message"),
     [
-        (1, signal.SIGKILL, (1, -signal.SIGKILL), "error: this run of several processes broke off"),
-        # Without process 0, which they all report to, JAX itself ends the others.
+        # Without process 0, which they all report to, JAX itself ends the others; without process 1
+        # it does so where no collective notices within the time of a heartbeat.
+        (1, signal.SIGKILL, (None, -signal.SIGKILL), "another task died"),
         (0, signal.SIGKILL, (-signal.SIGKILL, None), "another task died"),
         (1, signal.SIGTERM, (143, 143), "error: stopped and saved"),
     ],
@@ -102,7 +103,7 @@ def test_one_that_ends_stops_the_other_and_resume_goes_on(
     processes[which].send_signal(sent)
     ended = finish(processes, timeout=60)
     for (status, *_), expected in zip(ended, statuses, strict=True):
-        assert status != 0 if expected is None else status == expected, ended
+        assert status in (1, -signal.SIGABRT) if expected is None else status == expected, ended
     # Whichever notices first: the collective under way, or the coordinator.
     assert re.search(f"{message}|broke off", ended[1 - which][2])
     assert "with --resume, continues" in ended[1][2]
