@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kd2m_jax.training._batches import Batches as Batches
     from kd2m_jax.training._batches import steps_per_call as steps_per_call
     from kd2m_jax.training._batches import steps_per_epoch as steps_per_epoch
+    from kd2m_jax.training._body import step_body as step_body
     from kd2m_jax.training._checkpoints import Checkpoints as Checkpoints
     from kd2m_jax.training._processes import ProcessLost as ProcessLost
     from kd2m_jax.training._processes import after_first as after_first
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from kd2m_jax.training._processes import watched as watched
     from kd2m_jax.training._progress import Progress as Progress
     from kd2m_jax.training._records import Records as Records
-    from kd2m_jax.training._step import step_body as step_body
 
 _HOMES = {
     "Batches": "training._batches",

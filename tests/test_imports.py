@@ -27,8 +27,10 @@ LAYERS = [
 ]
 # The floors of kd2m_jax.training, likewise.
 FLOORS = [
-    ("_processes", "_programs", "_auto_coef", "_records", "_examples"),
-    ("_step", "_checkpoints", "_batches", "_identity"),
+    ("_processes", "_programs", "_auto_coef", "_records", "_labels", "_preprocess"),
+    ("_body",),
+    ("_step", "_checkpoints", "_examples"),
+    ("_batches", "_identity", "_students"),
     ("_parallel", "_evaluation"),
     ("_plan",),
     ("_progress", "_session"),

@@ -45,7 +45,7 @@ def execute(notebook, folder):
     arrived, and the client waiting for it.
     """
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    variables = environment(optimised=True) | {"PYTHONPATH": python_path}
+    variables = environment() | {"PYTHONPATH": python_path}
     for last in (False, True):
         client = nbclient.NotebookClient(
             copy.deepcopy(notebook),

@@ -128,9 +128,14 @@ def once(run, state, variables, batch):
 class _Look(losses.Metric):
     """No distance, but the teacher's output is read: XLA would leave out its forward pass."""
 
-    def __call__(self, student, teacher, labels=None, *, key=None):
+    @property
+    def needs(self):
+        """Return what it takes beyond features: nothing that any network may lack."""
+        return ()
+
+    def __call__(self, student, teacher, labels=None, *, where=None, key=None):
         """Return the mean of the teacher's features and logits."""
-        del student, labels, key
+        del student, labels, where, key
         return jnp.mean(teacher.features) + jnp.mean(jnp.asarray(teacher.logits))
 
 

@@ -15,6 +15,7 @@ from kd2m_jax.losses._gromov import gw2 as gw2
 from kd2m_jax.losses._logits import class_cost_matrix as class_cost_matrix
 from kd2m_jax.losses._logits import kd as kd
 from kd2m_jax.losses._logits import wkd_l as wkd_l
+from kd2m_jax.losses._maps import nst as nst
 from kd2m_jax.losses._maps import wkd_f as wkd_f
 from kd2m_jax.losses._metrics import Metric as Metric
 from kd2m_jax.losses._metrics import MetricSum as MetricSum
@@ -22,7 +23,6 @@ from kd2m_jax.losses._metrics import get_metric as get_metric
 from kd2m_jax.losses._metrics import metric_sum as metric_sum
 from kd2m_jax.losses._mmd import cmmd as cmmd
 from kd2m_jax.losses._mmd import mmd as mmd
-from kd2m_jax.losses._mmd import nst as nst
 from kd2m_jax.losses._objective import LossTerms as LossTerms
 from kd2m_jax.losses._objective import distillation_loss as distillation_loss
 from kd2m_jax.losses._pointwise import l2 as l2

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from kd2m_jax.losses._gaussian import gaussian_ckl, gaussian_cw2, gaussian_kl, gaussian_w2
 from kd2m_jax.losses._gromov import gw2
 from kd2m_jax.losses._logits import kd, wkd_l
-from kd2m_jax.losses._maps import wkd_f
-from kd2m_jax.losses._mmd import KERNELS, cmmd, mmd, nst
+from kd2m_jax.losses._maps import nst, wkd_f
+from kd2m_jax.losses._mmd import KERNELS, cmmd, mmd
 from kd2m_jax.losses._pointwise import l2
 from kd2m_jax.losses._sliced import sw2
 from kd2m_jax.losses._transport import cw2, jw2, w2

@@ -15,7 +15,9 @@ F = TypeVar("F", bound=Callable)
 T = TypeVar("T")
 
 # Traced although keyword-only; every other keyword-only parameter of a loss is static.
-TRACED = ("key", "class_cost")
+TRACED = ("key", "class_cost", "where")
+# Keyword-only parameters that belong to one call: no options of a metric.
+PER_CALL = ("key", "where", "has_aux")
 
 
 def loss(fn: F) -> F:
@@ -195,6 +197,63 @@ def clouds(z_s: ArrayLike, z_t: ArrayLike, *, paired: bool = False) -> tuple[jax
     return z_s.astype(dtype), z_t.astype(dtype)
 
 
+def kept_rows(where: ArrayLike | None, n: int, m: int) -> jax.Array | None:
+    """Return which rows of both sides count, ``[n]`` bool, or None for all."""
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if where.dtype != bool:
+        raise TypeError(f"where must hold True or False, got {where.dtype}")
+    if n != m:
+        raise ValueError(
+            f"where leaves row i of both sides out, so it needs as many rows of each, got {n} of "
+            f"the student and {m} of the teacher"
+        )
+    if where.shape != (n,):
+        raise ValueError(f"where must have shape [{n}], got {list(where.shape)}")
+    return where
+
+
+def labelled_rows(
+    labels: ArrayLike, where: ArrayLike | None, n: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return integer labels ``[n]``, and which rows count: those of -1 have no class."""
+    labels = class_labels(labels, n)
+    keep, known = kept_rows(where, n, n), labels != -1
+    return labels, known if keep is None else known & keep
+
+
+def filled(keep: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
+    """Put the mean of the rows that count, a constant, into the places of the others.
+
+    There they move no mean and raise no maximum, and a NaN in them is gone.
+    """
+    if keep is None:
+        return list(arrays)
+    count = jnp.maximum(jnp.sum(keep), 1)
+    means = [jnp.sum(a, axis=0, keepdims=True) / count for a in emptied(keep, *arrays)]
+    column = keep[:, None]
+    return [
+        jnp.where(column, a, jax.lax.stop_gradient(mean).astype(a.dtype))
+        for a, mean in zip(arrays, means, strict=True)
+    ]
+
+
+def emptied(keep: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
+    """Put zeros into the places of the rows that do not count."""
+    if keep is None:
+        return list(arrays)
+    return [jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, 0) for a in arrays]
+
+
+def row_mean(per_row: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """Return the mean over the rows that count; 0 without any."""
+    if keep is None:
+        return jnp.mean(per_row)
+    (per_row,) = emptied(keep, per_row)
+    return jnp.sum(per_row) / jnp.maximum(jnp.sum(keep, dtype=per_row.dtype), 1)
+
+
 def class_labels(labels: ArrayLike, n: int) -> jax.Array:
     """Integer labels ``[n]``."""
     labels = integer_labels(labels)
@@ -223,7 +282,17 @@ def integer_labels(labels: ArrayLike) -> jax.Array:
                 f"labels from {least} to {largest} do not fit into {limits.bits} bits: number the "
                 "data set's classes from 0 (numpy.unique(labels, return_inverse=True)[1])"
             )
-    return jnp.asarray(labels)
+    labels = jnp.asarray(labels)
+    # Signed, because -1 means that there is none.
+    return labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+
+
+def are_distributions(labels: ArrayLike) -> bool:
+    """Tell labels that are distributions over k >= 2 classes, ``[n, k]``, from class numbers."""
+    if np.ndim(labels) != 2 or np.shape(labels)[1] < 2:
+        return False
+    dtype = getattr(labels, "dtype", None)
+    return jnp.issubdtype(np.asarray(labels).dtype if dtype is None else dtype, jnp.floating)
 
 
 def _as_numbers(shape: tuple[int, ...]) -> str:

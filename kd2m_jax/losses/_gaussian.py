@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import choice, clouds, loss, number
+from kd2m_jax.losses._checks import (
+    choice,
+    clouds,
+    filled,
+    kept_rows,
+    labelled_rows,
+    loss,
+    number,
+)
 from kd2m_jax.losses._groups import Groups, by_class, everyone
 from kd2m_jax.losses._numerics import HIGHEST, centred, in_unit, magnitude, safe_sqrt
 from kd2m_jax.losses._polar import polar_by_products as polar_by_products
@@ -23,7 +31,13 @@ DIRECTIONS = ("student_teacher", "teacher_student")
 
 
 @loss
-def gaussian_w2(z_s: ArrayLike, z_t: ArrayLike, *, covariance: str = "full") -> jax.Array:
+def gaussian_w2(
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    *,
+    covariance: str = "full",
+    where: ArrayLike | None = None,
+) -> jax.Array:
     r"""Squared 2-Wasserstein distance between Gaussians fitted to the two clouds.
 
     ``W2^2 = ||mu_S - mu_T||^2 + Tr(S_S + S_T - 2 (S_S^1/2 S_T S_S^1/2)^1/2)`` with means mu and
@@ -41,6 +55,8 @@ def gaussian_w2(z_s: ArrayLike, z_t: ArrayLike, *, covariance: str = "full") -> 
       z_t: ``[m, d]`` float, the teacher's features; m may differ from n.
       covariance: "full", or "diagonal" (``sum_c (sigma_S,c - sigma_T,c)^2``: correlations are
         ignored).
+      where: ``[n]`` bool, the rows that count, for m = n; None for all. A row that does not is
+        as if it were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, a *squared* distance, float32 (float64 for float64 features).
@@ -58,13 +74,17 @@ def gaussian_w2(z_s: ArrayLike, z_t: ArrayLike, *, covariance: str = "full") -> 
     References:
       Fernandes Montesuma, KD2M, GSI 2025, W2 (G); Dowson & Landau, J. Multivar. Anal. 1982.
     """
-    z_s, z_t = clouds(z_s, z_t)
-    return _w2(z_s, z_t, everyone(z_s.shape[0], z_t.shape[0], z_s.dtype), covariance)
+    return _w2(*_together(z_s, z_t, where), covariance)
 
 
 @loss
 def gaussian_cw2(
-    z_s: ArrayLike, z_t: ArrayLike, labels: ArrayLike, *, covariance: str = "full"
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    labels: ArrayLike,
+    *,
+    covariance: str = "full",
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""`gaussian_w2` within each class, averaged over the K classes present in the batch.
 
@@ -76,8 +96,11 @@ def gaussian_cw2(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
-      labels: ``[n]`` integers >= 0, their classes; others make the loss NaN.
+      labels: ``[n]`` integers >= 0, their classes. A row of -1 is left out; other numbers make
+        the loss NaN.
       covariance: "full" or "diagonal".
+      where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
+        were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, a *squared* distance, float32 (float64 for float64 features).
@@ -95,8 +118,7 @@ def gaussian_cw2(
     References:
       Fernandes Montesuma, KD2M, GSI 2025, CW2 (G).
     """
-    z_s, z_t = clouds(z_s, z_t, paired=True)
-    return _w2(z_s, z_t, by_class(labels, z_s.shape[0], z_s.dtype), covariance)
+    return _w2(*_by_class(z_s, z_t, labels, where), covariance)
 
 
 @loss
@@ -107,6 +129,7 @@ def gaussian_kl(
     covariance: str = "full",
     shrinkage: float = 0.1,
     direction: str = "student_teacher",
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""Kullback-Leibler divergence between Gaussians fitted to the two clouds.
 
@@ -129,6 +152,8 @@ def gaussian_kl(
         it is, the more the directions that the batch does not span weigh; below 1e-4 float32
         runs out of digits.
       direction: "student_teacher" for ``KL(P_S || P_T)``, "teacher_student" for the reverse.
+      where: ``[n]`` bool, the rows that count, for m = n; None for all. A row that does not is
+        as if it were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar in nats, float32 (float64 for float64 features).
@@ -146,9 +171,7 @@ def gaussian_kl(
     References:
       Fernandes Montesuma, KD2M, GSI 2025, KL (G).
     """
-    z_s, z_t = clouds(z_s, z_t)
-    groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
-    return _kl(z_s, z_t, groups, covariance, shrinkage, direction)
+    return _kl(*_together(z_s, z_t, where), covariance, shrinkage, direction)
 
 
 @loss
@@ -160,6 +183,7 @@ def gaussian_ckl(
     covariance: str = "full",
     shrinkage: float = 0.1,
     direction: str = "student_teacher",
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""`gaussian_kl` within each class, averaged over the K classes present in the batch.
 
@@ -171,10 +195,13 @@ def gaussian_ckl(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
-      labels: ``[n]`` integers >= 0, their classes; others make the loss NaN.
+      labels: ``[n]`` integers >= 0, their classes. A row of -1 is left out; other numbers make
+        the loss NaN.
       covariance: "full" or "diagonal".
       shrinkage: > 0, as in `gaussian_kl`.
       direction: "student_teacher" or "teacher_student".
+      where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
+        were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar in nats, float32 (float64 for float64 features).
@@ -192,9 +219,21 @@ def gaussian_ckl(
     References:
       Fernandes Montesuma, KD2M, GSI 2025: its KL (G), conditional as its CW2 is.
     """
+    return _kl(*_by_class(z_s, z_t, labels, where), covariance, shrinkage, direction)
+
+
+def _together(z_s, z_t, where) -> tuple[jax.Array, jax.Array, Groups]:
+    z_s, z_t = clouds(z_s, z_t)
+    keep = kept_rows(where, len(z_s), len(z_t))
+    z_s, z_t = filled(keep, z_s, z_t)
+    return z_s, z_t, everyone(len(z_s), len(z_t), z_s.dtype, keep)
+
+
+def _by_class(z_s, z_t, labels, where) -> tuple[jax.Array, jax.Array, Groups]:
     z_s, z_t = clouds(z_s, z_t, paired=True)
-    groups = by_class(labels, z_s.shape[0], z_s.dtype)
-    return _kl(z_s, z_t, groups, covariance, shrinkage, direction)
+    labels, keep = labelled_rows(labels, where, len(z_s))
+    z_s, z_t = filled(keep, z_s, z_t)
+    return z_s, z_t, by_class(labels, keep, z_s.dtype)
 
 
 def _w2(z_s: jax.Array, z_t: jax.Array, groups: Groups, covariance: str) -> jax.Array:
@@ -228,14 +267,13 @@ def _kl(
     choice("covariance", covariance, COVARIANCES)
     choice("direction", direction, DIRECTIONS)
     number("shrinkage", shrinkage)
-    z_s, z_t, ridge = _unit_scale(z_s, z_t, shrinkage)
+    z_s, z_t, ridge = _unit_scale(z_s, z_t, shrinkage, groups.keep)
     if direction == "teacher_student":
         groups = groups._replace(size_s=groups.size_t, size_t=groups.size_s)
         z_s, z_t = z_t, z_s
     mean_p, mean_q = groups.mean(z_s), groups.mean(z_t)
-    p, q = z_s - mean_p, z_t - mean_q
     # The second moment of P about Q's mean holds both the trace and the shift of the means.
-    about_q = z_s - mean_q
+    p, q, about_q = map(groups.kept, (z_s - mean_p, z_t - mean_q, z_s - mean_q))
     if covariance == "diagonal":
         var_p, var_q = groups.mean(p**2) + ridge, groups.mean(q**2) + ridge
         moment = groups.mean(about_q**2) + ridge
@@ -249,7 +287,7 @@ def _kl(
 
 
 def _unit_scale(
-    z_s: jax.Array, z_t: jax.Array, shrinkage: float
+    z_s: jax.Array, z_t: jax.Array, shrinkage: float, keep: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Both clouds centred, in a unit near their size, and the s added to every covariance there.
 
@@ -262,6 +300,8 @@ def _unit_scale(
     unit = magnitude(x, y, eps.eps * z_s, eps.eps * z_t)
     x, y = x / unit, y / unit
     s = shrinkage * (jnp.mean(jnp.var(x, axis=0)) + jnp.mean(jnp.var(y, axis=0))) / 2
+    if keep is not None:  # rows at the mean add nothing to the squares
+        s = s * len(keep) / jnp.maximum(jnp.sum(keep), 1)
     # There s is 0 or the square of a rounding error. Stay above the latter.
     second_moment = (jnp.mean((z_s / unit) ** 2) + jnp.mean((z_t / unit) ** 2)) / 2
     s = jnp.maximum(s, eps.eps**2 * second_moment + jnp.sqrt(eps.tiny))

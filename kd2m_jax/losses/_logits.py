@@ -8,19 +8,29 @@ from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import (
     class_labels,
+    emptied,
     floating,
     integer,
+    kept_rows,
+    labelled_rows,
     loss,
     matrix,
     number,
     paired_logits,
+    row_mean,
     several_classes,
 )
 from kd2m_jax.losses._numerics import HIGHEST
 
 
 @loss
-def kd(logits_s: ArrayLike, logits_t: ArrayLike, *, temperature: float = 4.0) -> jax.Array:
+def kd(
+    logits_s: ArrayLike,
+    logits_t: ArrayLike,
+    *,
+    temperature: float = 4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     r"""Knowledge distillation of Hinton et al.: KL divergence between softened predictions.
 
     ``T^2 / n sum_i KL(softmax(h_T,i / T) || softmax(h_S,i / T))``. The factor T^2 keeps the size
@@ -36,6 +46,8 @@ def kd(logits_s: ArrayLike, logits_t: ArrayLike, *, temperature: float = 4.0) ->
       logits_s: ``[n, k]`` float, the student's unnormalised log-probabilities.
       logits_t: ``[n, k]`` float, the teacher's, of the same examples.
       temperature: > 0, T.
+      where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
+        were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, nats times T^2, float32 (float64 for float64 logits).
@@ -56,7 +68,9 @@ def kd(logits_s: ArrayLike, logits_t: ArrayLike, *, temperature: float = 4.0) ->
     number("temperature", temperature)
     logits_s, logits_t = paired_logits(logits_s, logits_t, paired=True)
     several_classes("kd", logits_s.shape[1])
-    return temperature**2 * jnp.mean(_divergence(logits_s, logits_t, temperature))
+    keep = kept_rows(where, len(logits_s), len(logits_t))
+    logits_s, logits_t = emptied(keep, logits_s, logits_t)
+    return temperature**2 * row_mean(_divergence(logits_s, logits_t, temperature), keep)
 
 
 def _divergence(logits_s: jax.Array, logits_t: jax.Array, temperature: float) -> jax.Array:
@@ -91,6 +105,7 @@ def wkd_l(
     epsilon: float = 0.05,
     n_iters: int = 10,
     class_cost: ArrayLike | None = None,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""Wasserstein distance between the predictions, over the classes (WKD-L).
 
@@ -117,7 +132,8 @@ def wkd_l(
     Args:
       logits_s: ``[n, k]`` float, the student's unnormalised log-probabilities, k >= 2.
       logits_t: ``[n, k]`` float, the teacher's, of the same examples.
-      labels: ``[n]`` integers in [0, k), the classes; others make the loss NaN.
+      labels: ``[n]`` integers in [0, k), the classes. A row of -1 is left out; other numbers make
+        the loss NaN.
       temperature: > 0, T, of the distance alone, which has no factor T^2.
       target_coef: >= 0, the weight of L_t relative to the distance.
       epsilon: > 0, the strength of Sinkhorn's entropy, in the unit of the costs. Costs above 40
@@ -127,6 +143,8 @@ def wkd_l(
         it from the teacher's features. By default every pair of classes costs 1, and the distance
         is near the total variation between the two predictions. It may be traced, and has a
         gradient.
+      where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
+        were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, the unit of the costs (plus nats times target_coef), float32 (float64 for float64
@@ -155,7 +173,9 @@ def wkd_l(
     logits_s, logits_t = paired_logits(logits_s, logits_t, paired=True)
     n, k = logits_s.shape
     several_classes("wkd_l", k)
-    own = class_labels(labels, n)[:, None] == jnp.arange(k)[None, :]
+    labels, keep = labelled_rows(labels, where, n)
+    logits_s, logits_t = emptied(keep, logits_s, logits_t)
+    own = labels[:, None] == jnp.arange(k)[None, :]
     cost = 1 - jnp.eye(k) if class_cost is None else floating("class_cost", class_cost)
     if cost.shape != (k, k):
         raise ValueError(f"class_cost must have shape {[k, k]}, got {list(cost.shape)}")
@@ -165,11 +185,11 @@ def wkd_l(
     )  # fmt: skip
     log_s, log_t = jax.nn.log_softmax(logits_s), jax.nn.log_softmax(logits_t)
     target = -jnp.sum(jnp.where(own, jnp.exp(log_t) * log_s, 0), axis=1)
-    value = jnp.mean(distance + target_coef * target)
+    value = row_mean(distance + target_coef * target, keep)
     # A logit of -inf is a probability of 0 in the sums above, and a label that is no class leaves
     # them out: neither may pass for a finite loss.
     sound = jnp.all(jnp.isfinite(logits_s)) & jnp.all(jnp.isfinite(logits_t))
-    return value * jnp.where(sound & jnp.all(jnp.any(own, axis=1)), 1, jnp.nan)
+    return value * jnp.where(sound & jnp.all(jnp.any(own, axis=1) | ~keep), 1, jnp.nan)
 
 
 def class_cost_matrix(
@@ -188,7 +208,7 @@ def class_cost_matrix(
 
     Args:
       features: ``[n, d]`` float, the teacher's, of examples of every class.
-      labels: ``[n]`` integers in [0, num_classes), their classes.
+      labels: ``[n]`` integers in [0, num_classes), their classes; rows of -1 are left out.
       num_classes: k.
       kappa: > 0, how sharply the cost rises with dissimilarity; 1 as published.
 
@@ -218,7 +238,7 @@ def class_cost_matrix(
     if isinstance(labels, jax.core.Tracer):
         raise TypeError("class_cost_matrix is computed once, before training: call it outside jit")
     classes = np.asarray(labels)
-    if classes.min() < 0 or classes.max() >= num_classes:
+    if classes.min() < -1 or classes.max() >= num_classes:
         raise ValueError(
             f"labels must be in [0, {num_classes}), got {classes.min()} to {classes.max()}"
         )

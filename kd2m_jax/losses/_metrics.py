@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._catalogue import METRICS
-from kd2m_jax.losses._checks import TRACED, did_you_mean, number, shown, static
+from kd2m_jax.losses._checks import PER_CALL, TRACED, did_you_mean, number, shown, static
 from kd2m_jax.outputs import Outputs
 
 
@@ -23,8 +23,9 @@ from kd2m_jax.outputs import Outputs
 class Metric:
     """A loss chosen by name, with its options: a function of two networks' `Outputs`.
 
-    Made by `get_metric`. Calling it gives a scalar; ``labels`` are ``[n]`` integers and ``key``
-    a PRNG key, both needed by some metrics only.
+    Made by `get_metric`. Calling it gives a scalar; ``labels`` are ``[n]`` integers (-1: none) and
+    ``key`` a PRNG key, both needed by some metrics only. ``where`` are the rows ``[n]`` (bool) that
+    count.
 
     Attributes:
       name: its name in METRICS, with dashes.
@@ -76,6 +77,7 @@ class Metric:
         teacher: Outputs,
         labels: ArrayLike | None = None,
         *,
+        where: ArrayLike | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Return the distance between the two networks' outputs: a scalar."""
@@ -97,6 +99,8 @@ class Metric:
             lacking = " and ".join(map(self._called, missing))
             raise ValueError(f"metric {self.label!r} needs {lacking}, and got none")
         options = {k: v.array if isinstance(v, _Array) else v for k, v in self.options}
+        if where is not None:
+            options["where"] = where
         return function(**given, **options)
 
     def _called(self, parameter: str) -> str:
@@ -159,6 +163,7 @@ class MetricSum:
         teacher: Outputs,
         labels: ArrayLike | None = None,
         *,
+        where: ArrayLike | None = None,
         key: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """Each term's own value, unweighted, as it is written (numbered where one recurs)."""
@@ -166,7 +171,7 @@ class MetricSum:
         for i, metric in enumerate(self.metrics):
             name = metric.written if metric.written not in values else f"{metric.written}-{i + 1}"
             own_key = None if key is None else jax.random.fold_in(key, i)
-            values[name] = metric(student, teacher, labels, key=own_key)
+            values[name] = metric(student, teacher, labels, where=where, key=own_key)
         return values
 
     def __call__(
@@ -175,10 +180,11 @@ class MetricSum:
         teacher: Outputs,
         labels: ArrayLike | None = None,
         *,
+        where: ArrayLike | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Return the weighted sum: a scalar."""
-        return self.weigh(self.parts(student, teacher, labels, key=key))
+        return self.weigh(self.parts(student, teacher, labels, where=where, key=key))
 
     def weigh(self, parts: dict[str, jax.Array]) -> jax.Array:
         """Return the sum of what `parts` returned."""
@@ -255,7 +261,8 @@ def get_metric(name: str, *, on: str = "features", **options: object) -> "Metric
         ``weights``, one a term.
 
     Returns:
-      A `Metric`: ``(student: Outputs, teacher: Outputs, labels, *, key=None) -> scalar``.
+      A `Metric`: ``(student: Outputs, teacher: Outputs, labels, *, where=None, key=None) ->
+      scalar``.
       Hashable, so it may be a static argument of a jitted function. Of a sum a `MetricSum`.
 
     Raises:
@@ -296,7 +303,7 @@ def _single(name: str, on: str, options: dict[str, Any]) -> Metric:
     allowed = [
         p.name
         for p in inspect.signature(info.function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "has_aux")
+        if p.kind is p.KEYWORD_ONLY and p.name not in PER_CALL
     ]
     for option in options:
         if option not in allowed:

@@ -1,22 +1,22 @@
-"""Maximum mean discrepancy: between features (mmd, cmmd) and between channels' maps (nst)."""
+"""Maximum mean discrepancy between features: mmd, cmmd."""
 
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import (
-    Maps,
     choice,
     clouds,
+    emptied,
+    filled,
     integer,
+    kept_rows,
+    labelled_rows,
     loss,
     number,
-    shown,
-    stage_maps,
 )
 from kd2m_jax.losses._groups import Groups, by_class, everyone
 from kd2m_jax.losses._kernels import (
@@ -47,6 +47,7 @@ def mmd(
     bandwidth: str | float = "mean",
     degree: int = 2,
     offset: float = 1.0,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""Squared maximum mean discrepancy between two feature distributions.
 
@@ -74,6 +75,8 @@ def mmd(
         pair of distinct points once; a constant for the gradient.
       degree: 1 to 64, integer, of "polynomial".
       offset: >= 0, of "polynomial".
+      where: ``[n]`` bool, the rows that count, for m = n; None for all. A row that does not is
+        as if it were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, a *squared* discrepancy in the unit of the kernel (for "energy" that of a distance),
@@ -96,8 +99,10 @@ def mmd(
       Rizzo, J. Stat. Plan. Inference 2013, and Sejdinovic et al., Ann. Stat. 2013, for the kernel.
     """
     z_s, z_t = clouds(z_s, z_t)
-    groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
-    return _mmd(z_s, z_t, groups, kernel, bandwidth, degree, offset)
+    keep = kept_rows(where, len(z_s), len(z_t))
+    z_s, z_t = filled(keep, z_s, z_t)
+    groups = everyone(len(z_s), len(z_t), z_s.dtype, keep)
+    return mmd_of(z_s, z_t, groups, kernel, bandwidth, degree, offset)
 
 
 @loss
@@ -110,6 +115,7 @@ def cmmd(
     bandwidth: str | float = "mean",
     degree: int = 2,
     offset: float = 1.0,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""`mmd` within each class, averaged over the K classes present in the batch.
 
@@ -121,11 +127,14 @@ def cmmd(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
-      labels: ``[n]`` integers >= 0, their classes; others make the loss NaN.
+      labels: ``[n]`` integers >= 0, their classes. A row of -1 is left out; other numbers make
+        the loss NaN.
       kernel: "linear", "polynomial", "rbf" or "energy", as in `mmd`.
       bandwidth: as in `mmd`.
       degree: as in `mmd`.
       offset: as in `mmd`.
+      where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
+        were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, a *squared* discrepancy as in `mmd`, float32 (float64 for float64 features).
@@ -145,101 +154,13 @@ def cmmd(
       `mmd`, made conditional as KD2M's CW2 is.
     """
     z_s, z_t = clouds(z_s, z_t, paired=True)
-    groups = by_class(labels, z_s.shape[0], z_s.dtype)
-    return _mmd(z_s, z_t, groups, kernel, bandwidth, degree, offset)
+    labels, keep = labelled_rows(labels, where, len(z_s))
+    z_s, z_t = filled(keep, z_s, z_t)
+    groups = by_class(labels, keep, z_s.dtype)
+    return mmd_of(z_s, z_t, groups, kernel, bandwidth, degree, offset)
 
 
-@loss
-def nst(
-    maps_s: Maps,
-    maps_t: Maps,
-    *,
-    kernel: str = "polynomial",
-    degree: int = 2,
-    offset: float = 0.0,
-    stages: int | tuple[int, ...] | None = None,
-) -> jax.Array:
-    r"""Neuron selectivity transfer: the channels of an image as a sample of what neurons look at.
-
-    ``sum_stages 1/n sum_i MMD^2(C_S,i, C_T,i)``, where the points of C_i are image i's channels,
-    each an ``h w``-vector of length 1, and MMD^2 is that of `mmd`: a channel of the student need
-    not resemble a given one of the teacher, and there may be more or fewer. Where h and w differ,
-    the larger map is averaged over blocks of positions down to the smaller. A channel that is 0
-    everywhere stays 0.
-
-    The published loss is ``CE + lambda/2 MMD^2`` with the polynomial kernel and lambda = 50:
-    ``coef=25``.
-
-    Cost: time O(n c^2 h w), memory O(n (c_S + c_T)^2), with the linear kernel, which compares the
-    mean maps, O(n (c_S + c_T) h w). Written position by position, over all pairs of channels, it
-    takes O(n c_S c_T h w). Measured (temporary memory of value and gradient, as XLA's CPU
-    compiler plans it, polynomial kernel, 8 x 8 maps): n = 64, 64 and 256 channels, 17 MiB against
-    391; n = 128, 256 and 256 channels, 201 MiB against 6,216.
-
-    Args:
-      maps_s: the student's stages, first stage first, each ``[n, h, w, c]`` float. An array is a
-        single stage.
-      maps_t: the teacher's, of the same examples; h, w and c may differ from the student's.
-      kernel: "linear", "polynomial" or "rbf" (Gaussian; sigma^2 is the mean squared distance
-        between an image's channels of both networks, a constant for the gradient).
-      degree: 1 to 64, integer, of "polynomial".
-      offset: >= 0, of "polynomial".
-      stages: which stages are matched, an index (from the end if negative) or a tuple of them,
-        whose losses are added; None for the last.
-
-    Returns:
-      Scalar, a *squared* discrepancy without unit, float32 (float64 for float64 maps).
-
-    Raises:
-      ValueError: numbers of examples that differ, heights or widths of which neither divides the
-        other, a stage that is not there, an unknown kernel, an option out of range.
-      TypeError: maps that are not floating point.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> top = jnp.zeros((1, 4, 4, 1)).at[0, 0].set(1.0)
-      >>> left = top.swapaxes(1, 2)
-      >>> both = jnp.concatenate([top, left, left], axis=3)
-      >>> print(f"{nst((both,), (top,), kernel='linear'):.4f}")  # |2/3 (left - top)|^2
-      0.6667
-
-    References:
-      Huang & Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer,
-      arXiv 1707.01219.
-    """
-    choice("kernel", kernel, KERNELS[:3])
-    chosen = (-1,) if stages is None else stages if isinstance(stages, tuple) else (stages,)
-    if not chosen:
-        raise ValueError("stages must name at least one stage, got none")
-    if not all(isinstance(stage, int | np.integer) for stage in chosen):
-        raise ValueError(f"stages must be a whole number or several, got {shown(stages)}")
-    per_image = []
-    for stage in chosen:
-        x, y = stage_maps(maps_s, maps_t, stage)
-        h, w = (min(x.shape[axis], y.shape[axis]) for axis in (1, 2))
-        x, y = _channels("maps_s", x, h, w), _channels("maps_t", y, h, w)
-        groups = everyone(x.shape[1], y.shape[1], x.dtype)
-        options = (groups, kernel, "mean", degree, offset, False)
-        per_image.append(jax.vmap(lambda x, y, options=options: _mmd(x, y, *options))(x, y))
-    return jnp.mean(sum(per_image[1:], per_image[0]))
-
-
-def _channels(name: str, maps: jax.Array, h: int, w: int) -> jax.Array:
-    """``[n, c, h w]``, each channel's map, averaged down to h x w and brought to length 1."""
-    n, height, width, c = maps.shape
-    if height % h or width % w:
-        raise ValueError(
-            f"{name} of {height} x {width} cannot be averaged over whole blocks to {h} x {w}: "
-            "choose a stage whose sizes divide"
-        )
-    maps = maps.reshape(n, h, height // h, w, width // w, c).mean(axis=(2, 4))
-    rows = maps.reshape(n, h * w, c).swapaxes(1, 2)
-    rows = rows / magnitude(rows, axis=2)  # whose square may be no number
-    norm = safe_sqrt(jnp.sum(rows**2, axis=2, keepdims=True))
-    return rows / jnp.where(norm > 0, norm, 1)
-
-
-def _mmd(
+def mmd_of(
     z_s: jax.Array,
     z_t: jax.Array,
     groups: Groups,
@@ -261,7 +182,7 @@ def _mmd(
         number("bandwidth", bandwidth)
     if kernel == "polynomial":
         return _polynomial(z_s, z_t, groups, degree, offset, paired)
-    unit = _unit(z_s, z_t, kernel, bandwidth)
+    unit = _unit(z_s, z_t, groups, kernel, bandwidth)
     # The others do not see a translation, each class by its own: a tight one keeps its digits.
     centre = jax.lax.stop_gradient((groups.mean(z_s) + groups.mean(z_t)) / 2)
     z_s, z_t = z_s - centre, z_t - centre
@@ -274,7 +195,9 @@ def _mmd(
     return _by_distance((z_s / unit, z_t / unit), groups, kernel="rbf", paired=paired)
 
 
-def _unit(z_s: jax.Array, z_t: jax.Array, kernel: str, bandwidth: str | float) -> jax.Array:
+def _unit(
+    z_s: jax.Array, z_t: jax.Array, groups: Groups, kernel: str, bandwidth: str | float
+) -> jax.Array:
     """Return what features are divided by: sqrt(2) sigma of "rbf", near the clouds' size else."""
     eps = jnp.finfo(z_s.dtype).eps
     # Where all points are equal, what is left is rounding, or 0.
@@ -282,21 +205,42 @@ def _unit(z_s: jax.Array, z_t: jax.Array, kernel: str, bandwidth: str | float) -
     if kernel != "rbf":
         return size
     if isinstance(bandwidth, str):
-        sigma2 = _bandwidth2(z_s / size, z_t / size, bandwidth)
+        sigma2 = _bandwidth2(z_s / size, z_t / size, groups.keep, bandwidth)
         return jax.lax.stop_gradient(size * jnp.sqrt(2 * sigma2))
     return jnp.asarray(2**0.5 * bandwidth, z_s.dtype)
 
 
-def _bandwidth2(z_s: jax.Array, z_t: jax.Array, bandwidth: str) -> jax.Array:
+def _bandwidth2(
+    z_s: jax.Array, z_t: jax.Array, keep: jax.Array | None, bandwidth: str
+) -> jax.Array:
     """sigma^2 of the Gaussian kernel."""
     z = jnp.concatenate([z_s, z_t])
+    if keep is not None:
+        sigma2 = _kept_bandwidth2(z, jnp.concatenate([keep, keep]), bandwidth)
+        return _above_rounding(sigma2, z)
     if bandwidth == "median":
         i, j = jnp.triu_indices(z.shape[0], 1)
         sigma2 = jnp.median(squared_distances(z, z)[i, j])
     else:
         spread = jnp.sum((z - jnp.mean(z, axis=0, keepdims=True)) ** 2)
         sigma2 = 2 * spread / (z.shape[0] - 1)
-    # All points equal: stay above the square of their rounding errors.
+    return _above_rounding(sigma2, z)
+
+
+def _kept_bandwidth2(z: jax.Array, keep: jax.Array, bandwidth: str) -> jax.Array:
+    """Return the same of the rows that count."""
+    if bandwidth == "median":
+        i, j = jnp.triu_indices(z.shape[0], 1)
+        squares = jnp.where(keep[i] & keep[j], squared_distances(z, z)[i, j], jnp.nan)
+        return jnp.where(jnp.any(keep), jnp.nanmedian(squares), 0)
+    count = jnp.sum(keep, dtype=z.dtype)
+    mean = jnp.sum(emptied(keep, z)[0], axis=0, keepdims=True) / jnp.maximum(count, 1)
+    spread = jnp.sum(emptied(keep, z - mean)[0] ** 2)
+    return 2 * spread / jnp.maximum(count - 1, 1)
+
+
+def _above_rounding(sigma2: jax.Array, z: jax.Array) -> jax.Array:
+    """Where all points are equal, stay above the square of their rounding errors."""
     info = jnp.finfo(z.dtype)
     return jnp.maximum(sigma2, info.eps**2 * jnp.mean(jnp.sum(z**2, axis=1)) + info.tiny**0.5)
 
@@ -304,7 +248,7 @@ def _bandwidth2(z_s: jax.Array, z_t: jax.Array, bandwidth: str) -> jax.Array:
 def _pair_weights(groups: Groups) -> jax.Array:
     """``count w_i w_j`` within groups: each group's pairs weigh ``(1 / n_y) (1 / n_y) / K``."""
     a = groups.weight_s
-    if groups.same is None:
+    if groups.same is None and groups.keep is None:
         return a[0] ** 2
     return groups.count * groups.within(a[:, None] * a[None, :])
 

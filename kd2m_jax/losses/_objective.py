@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import class_labels, matrix, several_classes
+from kd2m_jax.losses._checks import (
+    are_distributions,
+    class_labels,
+    floating,
+    integer_labels,
+    matrix,
+    row_mean,
+    several_classes,
+)
 from kd2m_jax.losses._metrics import Metric, MetricSum, as_outputs, resolve
 from kd2m_jax.outputs import Outputs
 
@@ -52,7 +60,10 @@ def distillation_loss(
     Args:
       student: `Outputs` for the batch; its logits ``[n, k]`` are needed.
       teacher: `Outputs` for the same batch. No gradient flows to it.
-      labels: ``[n]`` integers in [0, k); others make the loss NaN.
+      labels: ``[n]`` integers in [0, k). A row of -1 has no label: the cross-entropy is the mean
+        over the others (0 without any), and a conditional metric leaves it out. Other numbers
+        make the loss NaN. Or ``[n, k]`` floating, each row a distribution over the classes; a
+        conditional metric then takes the most probable one.
       metric: a name, a `Metric`, a `MetricSum`, or None (or "none") for the cross-entropy alone.
       coef: >= 0, the weight lambda of the distance; may be traced.
       task_coef: >= 0, the weight of the cross-entropy; may be traced.
@@ -81,31 +92,65 @@ def distillation_loss(
     for name, weight in (("coef", coef), ("task_coef", task_coef)):
         if not isinstance(weight, jax.core.Tracer) and not float(weight) >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
+    task = cross_entropy(student_logits(student, task_coef), labels)
+    distillation, parts = distance(student, teacher, classes_of(labels), metric, key=key)
+    total = jnp.asarray(task_coef) * task + jnp.asarray(coef) * distillation
+    return total, LossTerms(task, distillation, parts)
+
+
+def student_logits(student: Outputs, task_coef: jax.Array | float) -> jax.Array:
+    """Return the logits ``[n, k]`` for the cross-entropy; ValueError where it cannot use them."""
     if student.logits is None:
         raise ValueError("the student's Outputs have no logits, which the cross-entropy needs")
     logits = matrix("the student's logits", student.logits)
     if isinstance(task_coef, jax.core.Tracer) or task_coef != 0:
         several_classes("the cross-entropy", logits.shape[1])
-    labels = class_labels(labels, logits.shape[0])
-    task = jnp.mean(_cross_entropy(logits, labels))
+    return logits
+
+
+def distance(
+    student: Outputs,
+    teacher: Outputs,
+    labels: ArrayLike | None,
+    metric: Metric | MetricSum | str | None,
+    *,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return a metric's value, 0 for none, and of a sum of metrics its parts."""
     metric = resolve(metric)
     teacher = jax.lax.stop_gradient(teacher)
-    parts: dict[str, jax.Array] = {}
     if metric is None:
-        distillation = jnp.zeros_like(task)
-    elif isinstance(metric, MetricSum):
+        return jnp.zeros((), jnp.float32), {}
+    if isinstance(metric, MetricSum):
         parts = metric.parts(student, teacher, labels, key=key)
-        distillation = metric.weigh(parts)
-    else:
-        distillation = metric(student, teacher, labels, key=key)
-    total = jnp.asarray(task_coef) * task + jnp.asarray(coef) * distillation
-    return total, LossTerms(task, distillation, parts)
+        return metric.weigh(parts), parts
+    return metric(student, teacher, labels, key=key), {}
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """``[n]``, NaN for a label that is no class, which indexing would take for another one."""
-    known = (labels >= 0) & (labels < logits.shape[1])
+def classes_of(labels: ArrayLike) -> jax.Array:
+    """Return class numbers ``[n]``: of distributions over the classes the most probable ones."""
+    if are_distributions(labels):
+        return jnp.argmax(jnp.asarray(labels), axis=1)
+    return integer_labels(labels)
+
+
+def cross_entropy(logits: jax.Array, labels: ArrayLike) -> jax.Array:
+    """Return the mean over the rows that have a label, in nats; 0 without any.
+
+    NaN for a label that is no class, which indexing would take for another one.
+    """
+    n, k = logits.shape
+    if are_distributions(labels):
+        labels = floating("labels", labels)
+        if labels.shape != (n, k):
+            raise ValueError(
+                f"labels that are distributions must have shape {[n, k]}, got {list(labels.shape)}"
+            )
+        return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels.astype(logits.dtype)))
+    labels = class_labels(labels, n)
+    known = (labels >= 0) & (labels < k)
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(known, labels, 0)
     )
-    return nats * jnp.where(known, 1, jnp.nan)
+    has_label = labels != -1
+    return row_mean(nats * jnp.where(known | ~has_label, 1, jnp.nan), has_label)

@@ -5,13 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import clouds, integer, loss
+from kd2m_jax.losses._checks import clouds, filled, integer, kept_rows, loss
 from kd2m_jax.losses._numerics import HIGHEST, centred
 
 
 @loss
 def sw2(
-    z_s: ArrayLike, z_t: ArrayLike, *, projections: int = 128, key: jax.Array | None = None
+    z_s: ArrayLike,
+    z_t: ArrayLike,
+    *,
+    projections: int = 128,
+    key: jax.Array | None = None,
+    where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""Squared sliced 2-Wasserstein distance: W2^2 of one-dimensional projections, averaged.
 
@@ -33,6 +38,8 @@ def sw2(
         ``1 / sqrt(L)``.
       key: a PRNG key, which draws the directions: a new one each step, so that training sees
         them all. Traced, not static.
+      where: ``[n]`` bool, the rows that count, for m = n; None for all. A row that does not is
+        as if it were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, a *squared* distance, float32 (float64 for float64 features). The gradient is that
@@ -56,14 +63,28 @@ def sw2(
     projections = integer("projections", projections)
     if key is None:
         raise ValueError("sw2 draws random directions: give it a key, jax.random.key(0) say")
-    z_s, z_t = centred(z_s, z_t)
+    keep = kept_rows(where, len(z_s), len(z_t))
+    z_s, z_t = centred(*filled(keep, z_s, z_t))
     # Drawn in float32 whatever the features are: one key, the same directions.
     directions = jax.random.normal(key, (z_s.shape[1], projections), jnp.float32).astype(z_s.dtype)
     directions /= jnp.linalg.norm(directions, axis=0, keepdims=True)
-    x, y = (jnp.sort(jnp.matmul(z, directions, precision=HIGHEST), axis=0) for z in (z_s, z_t))
+    x, y = (jnp.matmul(z, directions, precision=HIGHEST) for z in (z_s, z_t))
+    if keep is not None:
+        return _between_kept(x, y, keep)
+    x, y = jnp.sort(x, axis=0), jnp.sort(y, axis=0)
     i, j, weight = _staircase(x.shape[0], y.shape[0])
     gaps = jnp.mean((x[i] - y[j]) ** 2, axis=1)
     return jnp.sum(jnp.asarray(weight, gaps.dtype) * gaps)
+
+
+def _between_kept(x: jax.Array, y: jax.Array, keep: jax.Array) -> jax.Array:
+    """Return the mean squared gap between sorted columns, of the rows that count."""
+    # The others are sorted to the end, so as many of both sides come before it.
+    x, y = (jnp.sort(jnp.where(keep[:, None], z, jnp.inf), axis=0) for z in (x, y))
+    count = jnp.sum(keep)
+    counts = (jnp.arange(len(keep)) < count)[:, None]
+    gaps = jnp.where(counts, x, 0) - jnp.where(counts, y, 0)
+    return jnp.sum(jnp.mean(gaps**2, axis=1)) / jnp.maximum(count, 1)
 
 
 def _staircase(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

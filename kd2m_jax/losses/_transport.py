@@ -10,7 +10,17 @@ from typing import Literal, TypedDict, Unpack, overload
 import jax
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import choice, clouds, flag, loss, number, paired_logits
+from kd2m_jax.losses._checks import (
+    choice,
+    clouds,
+    filled,
+    flag,
+    kept_rows,
+    labelled_rows,
+    loss,
+    number,
+    paired_logits,
+)
 from kd2m_jax.losses._costs import LABEL_COSTS, between_features, between_features_and_logits
 from kd2m_jax.losses._couplings import transport
 from kd2m_jax.losses._groups import by_class, everyone
@@ -25,6 +35,7 @@ class _Options(TypedDict, total=False):
     solver: str
     epsilon: float
     debiased: bool
+    where: ArrayLike | None
 
 
 class _JointOptions(_Options, total=False):
@@ -57,6 +68,7 @@ def w2(
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
+    where: ArrayLike | None = None,
 ) -> jax.Array | WithInfo:
     r"""Squared 2-Wasserstein distance between two empirical feature distributions.
 
@@ -104,6 +116,8 @@ def w2(
         divergence below it, by 0.1% to 0.9% at epsilon = 0.01. Sinkhorn only, to 2,000 iterations:
         where it is slow see `TransportInfo.converged`.
       has_aux: whether to return ``(value, TransportInfo(coupling, converged, n_iters))``.
+      where: ``[n]`` bool, the rows that count, for m = n; None for all. A row that does not is
+        as if it were not there, on both sides, whatever it holds.
 
     Returns:
       Scalar, a *squared* distance, float32 (float64 for float64 features). The gradient is
@@ -127,7 +141,9 @@ def w2(
       in distillation Lohit & Jones, WACV 2022.
     """
     z_s, z_t = clouds(z_s, z_t)
-    groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
+    keep = kept_rows(where, len(z_s), len(z_t))
+    z_s, z_t = filled(keep, z_s, z_t)
+    groups = everyone(len(z_s), len(z_t), z_s.dtype, keep).separated()
     cost = between_features(groups)
     return transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
@@ -160,6 +176,7 @@ def cw2(
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
+    where: ArrayLike | None = None,
 ) -> jax.Array | WithInfo:
     r"""Class-conditional squared 2-Wasserstein distance: W2^2 within each class, averaged.
 
@@ -176,11 +193,13 @@ def cw2(
     Args:
       z_s: ``[n, d]`` float, the student's features.
       z_t: ``[n, d]`` float, the teacher's features of the same examples.
-      labels: ``[n]`` integers, their classes.
+      labels: ``[n]`` integers >= 0, their classes. A row of -1 is left out; other numbers make
+        the loss NaN.
       solver: "auto", "exact", "sinkhorn" or "ipot", as in `w2`.
       epsilon: > 0, as in `w2`, over the pairs within a class.
       debiased: whether to return the mean of the classes' Sinkhorn divergences, as in `w2`.
       has_aux: whether to return ``(value, TransportInfo)`` as in `w2`.
+      where: as in `w2`.
 
     Returns:
       Scalar, a *squared* distance, float32 (float64 for float64 features).
@@ -201,7 +220,9 @@ def cw2(
       Fernandes Montesuma, KD2M, GSI 2025, CW2 (E).
     """
     z_s, z_t = clouds(z_s, z_t, paired=True)
-    groups = by_class(labels, z_s.shape[0], z_s.dtype)
+    labels, keep = labelled_rows(labels, where, len(z_s))
+    z_s, z_t = filled(keep, z_s, z_t)
+    groups = by_class(labels, keep, z_s.dtype)
     cost = between_features(groups)
     return transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
@@ -239,6 +260,7 @@ def jw2(
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
+    where: ArrayLike | None = None,
 ) -> jax.Array | WithInfo:
     r"""Squared 2-Wasserstein distance between joint distributions of features and predictions.
 
@@ -267,6 +289,7 @@ def jw2(
         with itself, which takes a label cost that is symmetric and 0 between equal predictions:
         "sqeuclidean" alone.
       has_aux: whether to return ``(value, TransportInfo)`` as in `w2`.
+      where: as in `w2`.
 
     Returns:
       Scalar, squared distance plus beta times the label cost, float32 (float64 for float64).
@@ -302,7 +325,9 @@ def jw2(
             f"use label_cost='sqeuclidean', not {label_cost!r}"
         )
 
-    groups = everyone(z_s.shape[0], z_t.shape[0], z_s.dtype)
+    keep = kept_rows(where, len(z_s), len(z_t))
+    z_s, z_t, logits_s, logits_t = filled(keep, z_s, z_t, logits_s, logits_t)
+    groups = everyone(len(z_s), len(z_t), z_s.dtype, keep).separated()
     cost = between_features_and_logits(groups, beta, label_cost)
     x, y = (z_s, logits_s), (z_t, logits_t)
     return transport(cost, x, y, groups, solver, epsilon, debiased, has_aux)

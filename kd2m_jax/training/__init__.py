@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kd2m_jax.training._body import TrainState as TrainState
     from kd2m_jax.training._evaluation import make_eval_step as make_eval_step
     from kd2m_jax.training._fit import FitResult as FitResult
     from kd2m_jax.training._fit import fit as fit
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
     from kd2m_jax.training._parallel import shard_map_step as shard_map_step
     from kd2m_jax.training._restore import restore as restore
     from kd2m_jax.training._step import Step as Step
-    from kd2m_jax.training._step import TrainState as TrainState
     from kd2m_jax.training._step import init_state as init_state
     from kd2m_jax.training._step import make_train_step as make_train_step
 
@@ -22,7 +22,7 @@ _HOMES = {
     "shard_map_step": "_parallel",
     "restore": "_restore",
     "Step": "_step",
-    "TrainState": "_step",
+    "TrainState": "_body",
     "init_state": "_step",
     "make_eval_step": "_evaluation",
     "make_train_step": "_step",

@@ -2,20 +2,60 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd2m_jax.losses._checks import are_distributions
+from kd2m_jax.outputs import Outputs
+from kd2m_jax.training._body import Batch
 from kd2m_jax.training._examples import (
     Arrays,
     check_classes,
     check_memory,
+    check_rows,
     dtype_of,
     examples,
+    has_labels,
     on_device,
+    stored_outputs,
 )
+
+# What the transfer set's random numbers are folded with, beyond the number of any epoch or step.
+OWN = 2**32 - 1
+
+
+class Transfer(NamedTuple):
+    """Inputs without labels on which student and teacher are compared, checked.
+
+    Attributes:
+      x: inputs, with one row per example.
+      teacher: the teacher's outputs for them, computed before, or None.
+      rows: how many there are.
+      batch_size: how many a step sees, over all devices.
+    """
+
+    x: Any
+    teacher: Outputs | None
+    rows: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, given: Any, batch_size: int) -> "Transfer | None":
+        """Check what `fit` was given; None for none."""
+        if given is None:
+            return None
+        several = isinstance(given, tuple) and len(given) == 2
+        x, teacher = given if several and isinstance(given[1], Outputs) else (given, None)
+        check_memory("transfer", (x, teacher), jax.local_devices()[0])
+        rows = check_rows("transfer", x)
+        if batch_size > rows:
+            raise ValueError(f"transfer_batch_size {batch_size} is larger than transfer ({rows})")
+        if teacher is not None:
+            teacher = stored_outputs("transfer", teacher, rows)
+        return cls(x, teacher, rows, batch_size)
 
 
 class Batches:
@@ -23,6 +63,9 @@ class Batches:
 
     Attributes:
       classes: the number of classes that the networks tell apart; None until that is known.
+      has_labels: whether any example has one, as far as that is known.
+      has_outputs: whether the teacher's outputs come with the examples that are compared.
+      sample: shapes of a batch.
     """
 
     def __init__(
@@ -34,56 +77,97 @@ class Batches:
         per_class: int | None = None,
         place: Callable[[Any], Any] = lambda tree: tree,
         here: list[int] | None = None,
+        teacher: Outputs | None = None,
+        transfer: Transfer | None = None,
     ):
         # Which of the devices are this process's, if not all.
         self._here = None if here is None or len(here) == devices else jnp.asarray(here)
         self._seed, self._devices, self._batch_size = seed, devices, batch_size
-        self._per_class = per_class
+        self._per_class, self._place = per_class, place
         self._iterable = None
         self.classes: int | None = None
+        self._transfer = transfer
+        self._shuffled: tuple[int, Any] = (-1, None)
         if _are_arrays(data):
-            check_memory("data", data, jax.local_devices()[0])
-            x, labels = examples("data", data)
-            if batch_size > len(labels):
-                raise ValueError(f"batch_size {batch_size} is larger than the data ({len(labels)})")
-            self.steps_per_epoch = steps_per_epoch(labels, batch_size, per_class)
-            if self.steps_per_epoch == 0:
-                raise ValueError(
-                    f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
-                )
-            self._arrays = place(jax.tree.map(jnp.asarray, (x, labels)))
-            # What decides the order of the batches, beside the seed.
-            self.settings = {
-                "batch_size": batch_size,
-                "examples": len(labels),
-                "per_class": per_class,
-            }
+            first = self._take_arrays(data, teacher)
         else:
-            if hasattr(data, "shape"):
-                raise ValueError(
-                    "data must be (x, labels) or an iterable of such batches, got one array"
-                )
-            self._iterable = data
-            if per_class is not None:
-                raise ValueError("per_class orders arrays; an iterable brings its own batches")
-            self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
-            x, labels = _first_batch(data)
-            batch_size = len(labels)
-            self.settings = {"batches": self.steps_per_epoch}
-        self.sample = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct((batch_size, *np.shape(a)[1:]), dtype_of(a)), x
-        )
+            first = self._take_iterable(data, teacher)
+            batch_size = len(first.labels)
+        self.settings["transfer_batch_size"] = None if transfer is None else transfer.batch_size
+        self.has_outputs = first.teacher is not None
+        self.sample = Batch(*(_shapes(part, batch_size) for part in first))
         self._check_split(batch_size)
+        if transfer is not None:
+            self._check_split(transfer.batch_size)
+
+    def _take_arrays(self, data: Any, teacher: Outputs | None) -> Batch:
+        """Check arrays and put them onto the devices."""
+        batch_size, per_class = self._batch_size, self._per_class
+        check_memory("data", data, jax.local_devices()[0])
+        all_of_it = examples("data", data)
+        labels = all_of_it.labels
+        if teacher is not None:
+            all_of_it = all_of_it._replace(teacher=stored_outputs("data", teacher, len(labels)))
+        self.has_labels = has_labels(labels)
+        if batch_size > len(labels):
+            raise ValueError(f"batch_size {batch_size} is larger than the data ({len(labels)})")
+        if per_class is not None and not _all_numbered(labels):
+            raise ValueError("per_class needs a class number for every example")
+        self.steps_per_epoch = steps_per_epoch(labels, batch_size, per_class)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
+            )
+        if self._transfer is not None:
+            seen = self._transfer.teacher or all_of_it.teacher
+            all_of_it = all_of_it._replace(transfer=self._transfer.x, teacher=seen)
+        self._arrays: Any = self._place(jax.tree.map(jnp.asarray, all_of_it))
+        # What decides the order of the batches, beside the seed.
+        self.settings: dict[str, Any] = {
+            "batch_size": batch_size,
+            "examples": len(labels),
+            "per_class": per_class,
+        }
+        return all_of_it
+
+    def _take_iterable(self, data: Any, teacher: Outputs | None) -> Batch:
+        """Check an iterable and return its first batch."""
+        if hasattr(data, "shape"):
+            raise ValueError(
+                "data must be (x, labels) or an iterable of such batches, got one array"
+            )
+        if self._per_class is not None:
+            raise ValueError("per_class orders arrays; an iterable brings its own batches")
+        if teacher is not None:
+            raise ValueError(
+                "a teacher's outputs go with arrays: an iterable's batches bring their own, as "
+                "(x, labels, outputs) or under 'teacher'"
+            )
+        self._iterable = data
+        self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
+        first = _first_batch(data)
+        self.has_labels = True  # a later batch may have them
+        self.settings = {"batches": self.steps_per_epoch}
+        if self._transfer is not None:
+            beside = self._transfer.x, self._transfer.teacher
+            self._placed = self._place(jax.tree.map(jnp.asarray, beside))
+            first = first._replace(transfer=beside[0], teacher=beside[1])
+        return first
 
     def expect(self, classes: int) -> None:
         """Raise ValueError, now or with a later batch, for labels that are none of the classes."""
         self.classes = classes
-        if self._iterable is None:
-            check_classes("data", self._arrays[1], classes)
+        if self._iterable is None and not are_distributions(self._arrays.labels):
+            check_classes("data", self._arrays.labels, classes)
+        elif self._iterable is None and self._arrays.labels.shape[1] != classes:
+            raise ValueError(
+                f"data: labels are distributions over {self._arrays.labels.shape[1]} classes, and "
+                f"the student has {classes} logits"
+            )
 
     @property
     def arrays(self) -> Any:
-        """The arrays ``(x, labels)``; None of an iterable."""
+        """A `Batch` of all; None of an iterable."""
         return None if self._iterable is not None else self._arrays
 
     @property
@@ -91,19 +175,31 @@ class Batches:
         """Whether these are arrays on the device."""
         return self._iterable is None
 
-    def epoch(self, epoch: int, steps: int, skip: int = 0):
-        """Pairs of row numbers ``[steps, devices, n / devices]`` and the arrays they index.
+    def epoch(self, epoch: int, steps: int, skip: int = 0, done: int | None = None):
+        """Pairs of row numbers and the arrays they index.
 
-        The first ``skip`` steps of the epoch are passed over: a resumed run has done them.
+        Row numbers are ``[steps, devices, n / devices]`` of the examples, and the same of the
+        transfer set or None. The first ``skip`` steps of the epoch are passed over: a resumed run
+        has done them. ``done`` is how many steps the run has done in all, which decides where in
+        the transfer set it is.
         """
+        done = skip if done is None else done
         if self._iterable is not None:
             empty = skip == 0
             drawn = itertools.islice(iter(self._iterable), skip, None)
             for number, batch in enumerate(drawn, skip + 1):
                 empty = False
-                x, labels = examples(f"batch {number}", batch, self.classes)
-                arrays = jax.tree.map(on_device, (x, labels))
-                yield self._split(jnp.arange(len(labels)), 1), arrays
+                own = examples(f"batch {number}", batch, self.classes)
+                arrays = jax.tree.map(on_device, own)
+                if self._transfer is not None:
+                    x, teacher = self._placed
+                    arrays = arrays._replace(transfer=x, teacher=teacher)
+                elif (arrays.teacher is not None) != self.has_outputs:
+                    raise ValueError(
+                        f"batch {number}: some batches bring the teacher's outputs and others not"
+                    )
+                rows = self._split(jnp.arange(len(own.labels)), 1)
+                yield (rows, self._transfer_rows(done + number - skip - 1, 1)), arrays
             if empty:
                 raise ValueError(
                     f"data gave no batch in epoch {epoch + 1}: can it be iterated again?"
@@ -115,12 +211,34 @@ class Batches:
         while start < total:
             stop = min((start // steps + 1) * steps, total)  # where calls end without a skip, too
             rows = order[start * self._batch_size : stop * self._batch_size]
-            yield self._split(rows, stop - start), self._arrays
+            transfer = self._transfer_rows(done + start - skip, stop - start)
+            yield (self._split(rows, stop - start), transfer), self._arrays
             start = stop
+
+    def _transfer_rows(self, first: int, steps: int) -> jax.Array | None:
+        """Return the transfer set's row numbers of these steps of the run; its epochs are its own.
+
+        Step by step from one shuffle of it to the next, whatever the examples with labels do.
+        """
+        if self._transfer is None:
+            return None
+        size = self._transfer.batch_size
+        per_epoch, rows = self._transfer.rows // size, []
+        for step in range(first, first + steps):
+            epoch, position = divmod(step, per_epoch)
+            rows.append(self._transfer_order(epoch)[position * size : (position + 1) * size])
+        return self._split(jnp.concatenate(rows), steps)
+
+    def _transfer_order(self, epoch: int) -> jax.Array:
+        if self._shuffled[0] != epoch:
+            assert self._transfer is not None
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), OWN), epoch)
+            self._shuffled = epoch, jax.random.permutation(key, self._transfer.rows)
+        return self._shuffled[1]
 
     def _order(self, epoch: int) -> jax.Array:
         """Return the epoch's row numbers: shuffled, or in runs of ``per_class`` of one class."""
-        labels = self._arrays[1]
+        labels = self._arrays.labels
         if self._per_class is None:
             key = jax.random.fold_in(jax.random.key(self._seed), epoch)
             return jax.random.permutation(key, len(labels))
@@ -166,11 +284,21 @@ def _are_arrays(data: Any) -> bool:
     """Tell arrays from an iterable of batches: a pair or a dict with an array in it."""
     if isinstance(data, Mapping):
         return True
-    pair = isinstance(data, tuple) and len(data) == 2
-    return pair and any(hasattr(part, "shape") for part in data)
+    parts = data if isinstance(data, tuple) and len(data) in (2, 3) else ()
+    return any(part is None or hasattr(part, "shape") for part in parts)
 
 
-def _first_batch(data: Any) -> tuple[Any, Any]:
+def _all_numbered(labels: Any) -> bool:
+    return not are_distributions(labels) and bool((np.asarray(labels) >= 0).all())
+
+
+def _shapes(part: Any, batch_size: int) -> Any:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((batch_size, *np.shape(a)[1:]), dtype_of(a)), part
+    )
+
+
+def _first_batch(data: Any) -> Batch:
     """Return the first batch; ValueError where it is not ``(x, labels)``."""
     first = next(iter(data), None)
     if first is None:

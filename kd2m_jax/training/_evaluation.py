@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax.adapters import DEVICES, Apply, Network
-from kd2m_jax.losses._checks import integer_labels
-from kd2m_jax.training._examples import check_memory, examples
+from kd2m_jax.losses._checks import are_distributions, integer_labels
+from kd2m_jax.training._examples import check_memory, examples, has_labels
+from kd2m_jax.training._preprocess import Prepare
 from kd2m_jax.training._processes import summed
 from kd2m_jax.training._programs import shared
 
@@ -65,7 +66,7 @@ def evaluation_sums(apply: Apply, variables: Any, batch: Any) -> dict[str, jax.A
     }
 
 
-def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: Mesh, classes: int):
+def evaluators(networks: list[Network], data: Any, prepare: Prepare, mesh: Mesh, classes: int):
     """Return a function of variables for each network: its scores over all examples, or none.
 
     ValueError or TypeError for data that is not ``(x, labels)`` arrays.
@@ -73,7 +74,9 @@ def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: M
     if data is None:
         return [lambda variables: {}] * len(networks)
     check_memory("eval_data", data, mesh.devices.flat[0])
-    x, labels = examples("eval_data", data, classes)
+    x, labels, *_ = examples("eval_data", data, classes)
+    if are_distributions(labels) or not has_labels(labels):
+        raise ValueError("eval_data needs class numbers [n] as labels, -1 where there is none")
     # One shape for all batches, split over the devices; the last one is padded with labels that
     # do not count.
     own = slice(jax.process_index(), None, jax.process_count())
@@ -92,7 +95,7 @@ def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: M
     batches = [jax.tree.map(lambda a, i=i: a[i], (x, labels)) for i in range(len(labels))]
 
     def evaluator(network: Network):
-        eval_step = shared(_program, network.apply, preprocess)
+        eval_step = shared(_program, network.apply, prepare)
 
         def evaluate(variables):
             parts = [eval_step(variables, batch) for batch in batches]
@@ -107,10 +110,11 @@ def evaluators(networks: list[Network], data: Any, preprocess: Callable, mesh: M
     return [evaluator(network) for network in networks]
 
 
-def _program(apply: Apply, preprocess: Callable):
+def _program(apply: Apply, prepare: Prepare):
     @jax.jit
     def program(variables, batch):
         x, labels = batch
-        return evaluation_sums(apply, variables, (preprocess(x, None), labels))
+        x, _ = prepare(x, labels, None)
+        return evaluation_sums(apply, variables, (x, labels))
 
     return program

@@ -8,22 +8,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd2m_jax.losses._checks import integer_labels
+from kd2m_jax.losses._checks import are_distributions, integer_labels
+from kd2m_jax.losses._metrics import as_outputs
+from kd2m_jax.outputs import Outputs
+from kd2m_jax.training._body import Batch
 
-# (x, labels) or a dict of the two; x may be a pytree of arrays with one row per example.
-Arrays: TypeAlias = tuple[Any, Any] | Mapping[str, Any]
+# (x, labels) or a dict of the two; x may be a pytree of arrays with one row per example. Labels may
+# be None. A third part, or "teacher" of a dict, holds the teacher's outputs.
+Arrays: TypeAlias = tuple[Any, Any] | tuple[Any, Any, Any] | Mapping[str, Any]
 
-_INPUTS, _LABELS = ("image", "x"), ("label", "labels", "y")
+_INPUTS, _LABELS, _TEACHER = ("image", "x"), ("label", "labels", "y"), "teacher"
 
 
-def examples(what: str, given: Any, classes: int | None = None) -> tuple[Any, Any]:
-    """Return ``(x, labels)`` as they are, checked.
+def examples(what: str, given: Any, classes: int | None = None) -> Batch:
+    """Return inputs, labels and perhaps the teacher's outputs as they are, checked.
 
     ValueError or TypeError, which begins with ``what``, for anything but inputs with one row per
-    example and labels ``[n]`` of integers from 0 on, below the number of classes where it is known.
+    example and labels: ``[n]`` integers from -1 (no label) on, below the number of classes where
+    it is known, or ``[n, k]`` distributions over them, or None, which becomes -1.
     """
-    x, labels = _pair(what, given)
+    x, labels, teacher = _parts(what, given)
+    if labels is None:
+        labels = np.full(check_rows(what, x), -1, np.int32)
     labels = labels if hasattr(labels, "shape") else np.asarray(labels)
+    if are_distributions(labels):
+        _check_distributions(what, labels, classes)
+    else:
+        _check_numbered(what, labels)
+    check_rows(what, x, len(labels))
+    if not are_distributions(labels):
+        check_classes(what, labels, classes)
+    teacher = None if teacher is None else stored_outputs(what, teacher, len(labels))
+    return Batch(x, labels, teacher)
+
+
+def _check_numbered(what: str, labels: Any) -> None:
     if isinstance(labels, np.ma.MaskedArray) and labels.mask.any():
         raise ValueError(f"{what}: labels are masked, and a mask does not leave examples out")
     if np.ndim(labels) != 1:
@@ -36,24 +55,70 @@ def examples(what: str, given: Any, classes: int | None = None) -> tuple[Any, An
         integer_labels(labels)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{what}: {error}") from error
-    for leaf in jax.tree.leaves(x):
-        rows = np.shape(leaf)[0] if np.ndim(leaf) else None
-        if rows != len(labels):
-            inputs = "inputs without rows" if rows is None else f"{rows} inputs"
-            raise ValueError(f"{what} has {inputs}, but {len(labels)} labels")
-        _check_numbers(what, leaf)
+
+
+def _check_distributions(what: str, labels: Any, classes: int | None) -> None:
+    if classes is not None and labels.shape[1] != classes:
+        raise ValueError(
+            f"{what}: labels are distributions over {labels.shape[1]} classes, and the student "
+            f"has {classes} logits"
+        )
+    values = np.asarray(labels, np.float64)
+    if len(values) == 0:
+        raise ValueError(f"{what} has no examples")
+    if not ((values >= 0).all() and np.allclose(values.sum(1), 1, atol=1e-2)):
+        raise ValueError(f"{what}: labels [n, k] must be distributions: >= 0, with rows of sum 1")
+
+
+def check_rows(what: str, x: Any, n: int | None = None) -> int:
+    """Return how many rows the inputs have; ValueError where not all have so many (n labels)."""
     if not jax.tree.leaves(x):
         raise ValueError(f"{what} has no inputs")
-    check_classes(what, labels, classes)
-    return x, labels
+    for leaf in jax.tree.leaves(x):
+        rows = np.shape(leaf)[0] if np.ndim(leaf) else None
+        if rows is None or rows != (rows if n is None else n):
+            inputs = "inputs without rows" if rows is None else f"{rows} inputs"
+            others = "" if n is None else f", but {n} labels"
+            raise ValueError(f"{what} has {inputs}{others}")
+        n = rows
+        _check_numbers(what, leaf)
+    if not n:
+        raise ValueError(f"{what} has no examples")
+    return n
+
+
+def stored_outputs(what: str, given: Any, n: int) -> Outputs:
+    """Return outputs of a teacher that were computed before, checked against n rows."""
+    if isinstance(given, Mapping):
+        if not {"features"} <= set(given) <= set(Outputs._fields):
+            raise ValueError(
+                f"{what}: the teacher's outputs are features, and perhaps logits and maps, got "
+                f"{', '.join(map(str, given))}"
+            )
+        given = Outputs(**given)
+    out = as_outputs("teacher", given)
+    for leaf in jax.tree.leaves(out):
+        if np.ndim(leaf) < 2 or np.shape(leaf)[0] != n:
+            raise ValueError(
+                f"{what} has {n} examples, and the teacher's outputs must have a row for each, got "
+                f"shape {list(np.shape(leaf))}"
+            )
+        if not jnp.issubdtype(dtype_of(leaf), jnp.floating):
+            raise TypeError(f"{what}: the teacher's outputs must be floating point")
+    return out
+
+
+def has_labels(labels: Any) -> bool:
+    """Tell whether any row has a label."""
+    return are_distributions(labels) or bool((np.asarray(labels) != -1).any())
 
 
 def check_classes(what: str, labels: Any, classes: int | None) -> None:
     """Raise ValueError for labels that are no classes."""
     labels = np.asarray(labels)
     least, largest = int(labels.min()), int(labels.max())
-    if least < 0 or (classes is not None and largest >= classes):
-        wrong = least if least < 0 else largest
+    if least < -1 or (classes is not None and largest >= classes):
+        wrong = least if least < -1 else largest
         top = "on" if classes is None else f"to {classes - 1}"
         raise ValueError(f"{what}: labels must be class numbers from 0 {top}, got {wrong}")
 
@@ -86,22 +151,25 @@ def dtype_of(array: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(array.dtype if known else np.asarray(array[:0]).dtype)
 
 
-def _pair(what: str, given: Any) -> tuple[Any, Any]:
-    """Return the inputs and the labels of a tuple, a list or a dict of the two."""
+def _parts(what: str, given: Any) -> tuple[Any, Any, Any]:
+    """Return the inputs, the labels and the teacher's outputs of a tuple, a list or a dict."""
     if isinstance(given, Mapping):
-        found = [[k for k in names if k in given] for names in (_INPUTS, _LABELS)]
-        if [len(keys) for keys in found] == [1, 1]:
-            return given[found[0][0]], given[found[1][0]]
+        inputs, labels = ([k for k in names if k in given] for names in (_INPUTS, _LABELS))
+        # Labels under an unknown name are a mistake, and no key at all is none.
+        unknown = set(given) - {*inputs, *labels, _TEACHER}
+        if len(inputs) == 1 and (len(labels) == 1 or not (labels or unknown)):
+            found = given[labels[0]] if labels else None
+            return given[inputs[0]], found, given.get(_TEACHER)
         raise ValueError(
             f"{what} is a dict of {', '.join(map(str, given))}: it needs one key of "
             f"{'/'.join(_INPUTS)} and one of {'/'.join(_LABELS)}"
         )
     if isinstance(given, list) and all(isinstance(part, tuple | list | dict) for part in given):
         raise ValueError(f"{what} must be (x, labels) arrays, got a list of batches: join them")
-    if hasattr(given, "shape") or not hasattr(given, "__len__") or len(given) != 2:
+    if hasattr(given, "shape") or not hasattr(given, "__len__") or len(given) not in (2, 3):
         kind = "one array" if hasattr(given, "shape") else f"a {type(given).__name__}"
         raise ValueError(f"{what} must be (x, labels) or a dict of image and label, got {kind}")
-    return given[0], given[1]
+    return given[0], given[1], given[2] if len(given) == 3 else None
 
 
 def _check_numbers(what: str, x: Any) -> None:

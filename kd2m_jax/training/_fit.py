@@ -9,13 +9,17 @@ from flax import linen as nn
 from flax import nnx
 
 from kd2m_jax.adapters import Model, Network, Tree
+from kd2m_jax.outputs import Outputs
+from kd2m_jax.training._body import Coef, TrainState
 from kd2m_jax.training._examples import Arrays
+from kd2m_jax.training._labels import Unlabelled
 from kd2m_jax.training._parallel import without_mesh
-from kd2m_jax.training._plan import AnyMetric, Preprocess, Students, check_numbers, make_plan
+from kd2m_jax.training._plan import check_numbers, make_plan
+from kd2m_jax.training._preprocess import Preprocess
 from kd2m_jax.training._progress import shown
 from kd2m_jax.training._records import Record
 from kd2m_jax.training._session import session
-from kd2m_jax.training._step import Coef, TrainState
+from kd2m_jax.training._students import AnyMetric, Students
 
 M = TypeVar("M")  # what comes back as a student
 N = TypeVar("N", bound=nnx.Module)
@@ -58,8 +62,11 @@ class FitResult(NamedTuple, Generic[M]):
 class _Options(TypedDict, total=False):
     """The arguments of `fit` whose types do not decide what it returns."""
 
-    teacher: Model | None
+    teacher: Model | Outputs | None
     teacher_variables: object
+    transfer: object
+    transfer_batch_size: int
+    unlabelled: Unlabelled
     task_coef: Coef
     optimizer: optax.GradientTransformation | None
     epochs: int
@@ -135,8 +142,11 @@ def fit(
     student: Model | Sequence[Model],
     data: Arrays | Iterable[Arrays],
     *,
-    teacher: Model | None = None,
+    teacher: Model | Outputs | None = None,
     teacher_variables: object = None,
+    transfer: object = None,
+    transfer_batch_size: int = 128,
+    unlabelled: Unlabelled = None,
     metric: AnyMetric | Sequence[AnyMetric] = None,
     coef: Coef | str | Sequence[Coef | str] = 1.0,
     task_coef: Coef = 1.0,
@@ -167,22 +177,47 @@ def fit(
     long (each with the one that is no list) see the same batches in one program, which computes
     the teacher once for all of them. Each ends as it would alone.
 
+    The arguments, by what they are about: who is trained on what (``student``, ``data``,
+    ``per_class``, ``batch_size``, ``epochs``, ``max_steps``, ``preprocess``), against whom
+    (``teacher``, ``teacher_variables``, ``transfer``, ``transfer_batch_size``), what is minimised
+    (``metric``, ``coef``, ``task_coef``, ``unlabelled``, ``optimizer``), what is seen of it
+    (``eval_data``, ``callbacks``, ``log_every``, ``progress``) and where it runs and is kept
+    (``checkpoint_dir``, ``save_every``, ``seed``, ``devices``).
+
     Args:
       student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
         returns `Outputs` or ``(features, logits)``.
       data: ``(x, labels)`` arrays, or an iterable of such batches that can be iterated once an
         epoch. ``x`` is an array ``[n, ...]`` of any dtype or a pytree of such, as the network
-        takes it; labels are ``[n]`` integers from 0 on, below the number of logits. A dict of
-        ``image`` (or ``x``) and ``label`` (or ``labels``, ``y``) is taken for the tuple. An
+        takes it; labels are ``[n]`` integers from 0 on, below the number of logits, and -1 for an
+        example without a label, which the cross-entropy leaves out. Or they are ``[n, k]``
+        floating, distributions over the classes (smoothed, say), or None for no labels at all. A
+        dict of ``image`` (or ``x``) and ``label`` (or ``labels``, ``y``) is taken for the tuple,
+        and may have the teacher's outputs under ``teacher``, as may a tuple in third place. An
         iterable may use its buffers again. One that never ends is one endless epoch: give
         ``max_steps``. Without a ``len`` the default learning rate is constant, unless
         ``max_steps`` says where it ends.
-      teacher: the frozen network, or None.
+      teacher: the frozen network; or its `Outputs` for the training arrays, row by row, computed
+        before; or None. Outputs are those of the images as they are stored: with random
+        augmentation the student sees others.
       teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
         an NNX module brings its own.
+      transfer: more inputs, without labels, for the distance alone: each step draws
+        ``batch_size`` examples of the data for the cross-entropy and ``transfer_batch_size`` of
+        these for the metric, which then sees no others, and passes both through the student
+        together. The teacher sees the transfer rows alone. Arrays as ``x`` of the data, or
+        ``(x, Outputs)`` with the teacher's outputs for them. An epoch is one of the data; the
+        transfer set is shuffled anew whenever it has been seen.
+      transfer_batch_size: global, over all devices.
+      unlabelled: the class that a conditional metric takes for an example without a label:
+        "teacher" (what the teacher predicts), "drop" (the example is left out), "own" (what the
+        student predicts), "balanced" (the same after Sinkhorn balancing of the batch's unlabelled
+        examples to equal shares of the classes) or ``("balanced", shares)``. None is "teacher"
+        where the teacher has logits, else "balanced".
       metric: a name from ``losses.METRICS`` or a `losses.Metric`; None for cross-entropy alone.
       coef: >= 0, lambda, a number or an optax schedule of the step; or "auto:RATIO", which keeps
         its part of the gradient at RATIO times the cross-entropy's (see `make_train_step`).
+        Without any label that is 1.
       task_coef: >= 0, the weight of the cross-entropy.
       optimizer: an optax optimizer; Adam with a cosine from 1e-3 to 0 by default.
       epochs: passes over the data.
@@ -192,10 +227,13 @@ def fit(
         shuffles freely. Examples that do not fill a run sit an epoch out; a class with fewer
         than that is refused.
       eval_data: ``(x, labels)`` arrays to evaluate on after each epoch, checked as ``data`` is.
-      preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key an
-        example in training (augmentation), None in evaluation.
+      preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key per
+        example in training (augmentation), None in evaluation. Or ``(x, labels, keys) -> (x,
+        labels)``, which may mix examples and make distributions of their labels (mixup, cutmix);
+        it leaves the transfer set alone, while the first form is applied to it, too.
       callbacks: called with a copy of each record: a dict with ``step``, ``epoch``, ``steps``
-        (total, None if unknown), ``loss``, ``task_loss`` (nats), ``train_accuracy``, with a
+        (total, None if unknown), ``loss``, ``task_loss`` (nats), ``train_accuracy`` (of examples
+        with a label; left out where there are none), with a
         teacher ``distillation_loss`` and ``coef`` (means since the last record), at the end of an
         epoch with eval_data ``test_loss`` and ``test_accuracy`` (over all examples); of a
         population also with ``student``, its number from 0. The records of a resumed run are
@@ -259,17 +297,21 @@ def fit(
         per_class=per_class,
         save_every=save_every,
         seed=seed,
+        transfer_batch_size=transfer_batch_size,
     )
     # NumPy's numbers are as good, but no JSON.
     epochs, batch_size, seed = int(epochs), int(batch_size), int(seed)
     per_class, max_steps = (None if n is None else int(n) for n in (per_class, max_steps))
     with without_mesh():
-        students = Students.of(student, metric, coef, has_teacher=teacher is not None)
+        students = Students.of(student, metric, coef)
         plan = make_plan(
             students,
             data,
             teacher=teacher,
             teacher_variables=teacher_variables,
+            transfer=transfer,
+            transfer_batch_size=int(transfer_batch_size),
+            unlabelled=unlabelled,
             task_coef=task_coef,
             optimizer=optimizer,
             epochs=epochs,
@@ -289,7 +331,7 @@ def fit(
             while run.epoch < epochs and not run.stopped_short:
                 whole = True
                 for rows, arrays in plan.batches.epoch(
-                    run.epoch, plan.steps_per_call, skip=run.position
+                    run.epoch, plan.steps_per_call, skip=run.position, done=run.done
                 ):
                     whole = not run.stopped_short
                     if not whole:

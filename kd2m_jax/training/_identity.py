@@ -16,6 +16,7 @@ import optax
 
 from kd2m_jax.errors import CheckpointError
 from kd2m_jax.losses import METRICS, Metric, MetricSum
+from kd2m_jax.losses._checks import PER_CALL
 from kd2m_jax.losses._metrics import resolve, spelled, terms
 from kd2m_jax.training._auto_coef import auto_ratio
 
@@ -32,11 +33,12 @@ class Compared:
       coefs: likewise.
       task_coef: the weight of the cross-entropy.
       teacher: its variables, or None.
-      data: the arrays, or None.
+      data: ``(inputs, labels)``, or None for an iterable.
       optimizer: None for the default one, whose schedule follows the number of steps.
       params: the first student's parameters.
       outputs: gives the shapes of a student's and of the teacher's outputs for a batch.
       others: more settings, as they are.
+      stored: the teacher's outputs that were computed before, and the transfer set.
     """
 
     metrics: Sequence[Any]
@@ -48,6 +50,7 @@ class Compared:
     params: Any
     outputs: Callable[[], tuple[Any, Any]]
     others: dict[str, Any]
+    stored: Any = None
 
     def described(self) -> dict[str, Any]:
         """Describe it by values, as JSON: two spellings of one setting are one.
@@ -74,6 +77,7 @@ class Compared:
         if self.teacher is not None:
             found["teacher"] = _digest(self.teacher)
         found["data"] = "an iterable" if self.data is None else _digest(self.data)
+        found["stored outputs and transfer set"] = _digest(self.stored)
         return json.loads(json.dumps(found))
 
 
@@ -145,7 +149,7 @@ def _options(metric: Any, outputs: Callable[[], tuple[Any, Any]]) -> dict[str, A
     return {
         f"{metric.label} {p.name}": _value(given.get(p.name, p.default))
         for p in inspect.signature(METRICS[metric.name].function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "has_aux")
+        if p.kind is p.KEYWORD_ONLY and p.name not in PER_CALL
     }
 
 

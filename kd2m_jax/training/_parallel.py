@@ -10,7 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax.adapters import DEVICES, Network
 from kd2m_jax.losses import Metric, MetricSum
-from kd2m_jax.training._step import Coef, Step, apart, step_body
+from kd2m_jax.training._body import Coef, step_body
+from kd2m_jax.training._labels import Unlabelled
+from kd2m_jax.training._step import Step, apart
 
 
 def pmap_step(
@@ -21,6 +23,7 @@ def pmap_step(
     metric: Metric | MetricSum | str | None,
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
+    unlabelled: Unlabelled = None,
     devices: Sequence[object] | None = None,
 ) -> Step:
     """`make_train_step` over this process's devices with ``jax.pmap``.
@@ -37,11 +40,12 @@ def pmap_step(
       metric: as in `make_train_step`.
       coef: as in `make_train_step`.
       task_coef: as in `make_train_step`.
+      unlabelled: as in `make_train_step`.
       devices: the devices to use; all local ones by default.
 
     Returns:
       ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``, x ``[n, ...]`` and labels
-      ``[n]`` the whole batch.
+      ``[n]`` (or ``[n, k]``) the whole batch.
 
     Raises:
       ValueError: when called with a batch that the number of devices does not divide.
@@ -59,7 +63,14 @@ def pmap_step(
       1
     """
     body = step_body(
-        student, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+        student,
+        teacher,
+        optimizer,
+        metric=metric,
+        coef=coef,
+        task_coef=task_coef,
+        unlabelled=unlabelled,
+        axis=DEVICES,
     )
     devices = list(devices or jax.local_devices())
     mapped = jax.pmap(
@@ -93,6 +104,7 @@ def shard_map_step(
     metric: Metric | MetricSum | str | None,
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
+    unlabelled: Unlabelled = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Step:
     """`make_train_step` over a mesh with ``jax.shard_map``, the successor of pmap.
@@ -108,11 +120,12 @@ def shard_map_step(
       metric: as in `make_train_step`.
       coef: as in `make_train_step`.
       task_coef: as in `make_train_step`.
+      unlabelled: as in `make_train_step`.
       mesh: a mesh with one axis called "devices"; all devices of all hosts by default.
 
     Returns:
       ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``, x ``[n, ...]`` and labels
-      ``[n]`` the whole batch.
+      ``[n]`` (or ``[n, k]``) the whole batch.
 
     Raises:
       ValueError: when called with a batch that the number of devices does not divide, or for a
@@ -135,7 +148,14 @@ def shard_map_step(
     if mesh.axis_names != (DEVICES,):
         raise ValueError(f"the mesh needs the one axis {DEVICES!r}, got {mesh.axis_names}")
     body = step_body(
-        student, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+        student,
+        teacher,
+        optimizer,
+        metric=metric,
+        coef=coef,
+        task_coef=task_coef,
+        unlabelled=unlabelled,
+        axis=DEVICES,
     )
     everywhere, split = PartitionSpec(), PartitionSpec(DEVICES)
     # check_vma=False: with it, shard_map itself inserts sums into the gradient of a gathered

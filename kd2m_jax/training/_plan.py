@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._locks import check_local
 from kd2m_jax.adapters import DEVICES, Model, Network, as_network, from_nnx
-from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.losses._metrics import as_outputs
-from kd2m_jax.training._batches import Batches, steps_per_call
+from kd2m_jax.outputs import Outputs
+from kd2m_jax.training._batches import OWN, Batches, Transfer, steps_per_call
+from kd2m_jax.training._body import Batch, Body, Coef, TrainState, step_body
 from kd2m_jax.training._evaluation import evaluators
 from kd2m_jax.training._examples import Arrays
 from kd2m_jax.training._identity import Compared
+from kd2m_jax.training._labels import Unlabelled, check_rule
+from kd2m_jax.training._preprocess import Prepare, Preprocess
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._records import Record, Records
-from kd2m_jax.training._step import Body, Coef, TrainState, init_state, step_body
-
-AnyMetric: TypeAlias = Metric | MetricSum | str | None
-
-# (x, keys) -> x: what happens to inputs inside the program; keys is None in evaluation.
-Preprocess: TypeAlias = Callable[[jax.Array, jax.Array | None], jax.Array]
+from kd2m_jax.training._step import init_state
+from kd2m_jax.training._students import Students
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,57 +65,6 @@ class Plan:
     save_every: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Students:
-    """The students of one program: lists of one length.
-
-    Attributes:
-      models: what the caller trains.
-      metrics: what each compares with the teacher.
-      coefs: the weight of that.
-      is_population: whether the caller gave a list.
-    """
-
-    models: list[Model]
-    metrics: list[AnyMetric]
-    coefs: list[Coef | str]
-    is_population: bool
-
-    @classmethod
-    def of(cls, student, metric, coef, *, has_teacher: bool) -> "Students":
-        """Repeat single values for every student; ValueError where lists or teacher do not fit."""
-        several = (list, tuple)  # exactly: a Network is a NamedTuple
-        lengths = {len(g) for g in (student, metric, coef) if type(g) in several}
-        if type(metric) in several and type(coef) in several and type(student) not in several:
-            _say_what_lists_mean()
-        if len(lengths) > 1 or 0 in lengths:
-            raise ValueError("lists of students, metrics and coefs differ in length or are empty")
-        (count,) = lengths or {1}
-        models, metrics, coefs = (
-            list(g) if type(g) in several else [g] * count for g in (student, metric, coef)
-        )
-        without = {metric is None or metric == "none" for metric in metrics}
-        if len(without) > 1:
-            raise ValueError(
-                "metric none among others: the students of a population all have the teacher, or "
-                "none has; coef 0 leaves a metric without effect"
-            )
-        if without == {has_teacher}:
-            missing = "metric" if has_teacher else "teacher"
-            raise ValueError(
-                f"a teacher and a metric to compare with it come together, and {missing} is missing"
-            )
-        return cls(models=models, metrics=metrics, coefs=coefs, is_population=bool(lengths))
-
-
-@functools.cache  # once
-def _say_what_lists_mean() -> None:
-    logging.getLogger(__name__).warning(
-        "a list of metrics and a list of coefs train one student for each pair, as a population; "
-        "one student on the weighted sum of the metrics: losses.metric_sum(metrics, weights)"
-    )
-
-
 def check_numbers(
     *,
     epochs: int,
@@ -127,9 +74,11 @@ def check_numbers(
     per_class: int | None,
     save_every: float,
     seed: int,
+    transfer_batch_size: int,
 ) -> None:
     """Raise ValueError for a number that is out of range."""
     counts = {"epochs": epochs, "batch_size": batch_size, "log_every": log_every}
+    counts["transfer_batch_size"] = transfer_batch_size
     for name, value in {**counts, "max_steps": 1 if max_steps is None else max_steps}.items():
         if not isinstance(value, int | np.integer):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
@@ -148,8 +97,11 @@ def make_plan(
     students: Students,
     data: Arrays | Iterable[Arrays],
     *,
-    teacher: Model | None,
+    teacher: Model | Outputs | None,
     teacher_variables: Any,
+    transfer: Any,
+    transfer_batch_size: int,
+    unlabelled: Unlabelled,
     task_coef: Coef,
     optimizer: optax.GradientTransformation | None,
     epochs: int,
@@ -169,7 +121,19 @@ def make_plan(
     check_local(checkpoint_dir)
     devices = list(devices or jax.devices())
     here = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()]
-    preprocess = preprocess or _unchanged
+    prepare = Prepare.of(preprocess)
+    stored = teacher if isinstance(teacher, Outputs) else None
+    teacher = None if isinstance(teacher, Outputs) else teacher
+    given = Transfer.of(transfer, transfer_batch_size)
+    if given is not None and (stored is not None or (teacher is not None and given.teacher)):
+        raise ValueError(
+            "transfer brings the teacher's outputs for its own inputs, as (x, Outputs), and there "
+            "is another teacher: which one is meant?"
+        )
+    if teacher is None and stored is None:  # before anything is copied
+        known = given is not None and given.teacher is not None
+        if given is not None and not known:
+            raise ValueError("transfer needs a teacher, or its outputs: transfer=(x, Outputs)")
     # Everything on every device once, rather than at each call; of this process's, because that
     # is what pmap takes.
     mesh = Mesh(np.array(devices)[here], (DEVICES,))
@@ -178,12 +142,18 @@ def make_plan(
     frozen = None if teacher is None else as_network(teacher)
     if teacher is not None:
         teacher_variables = place(variables_of(teacher, teacher_variables))
-    batches = Batches(data, batch_size, seed, len(devices), per_class, place, here)
+    batches = Batches(data, batch_size, seed, len(devices), per_class, place, here, stored, given)
+    if teacher is not None and batches.has_outputs:
+        raise ValueError("data brings the teacher's outputs, and there is a teacher: leave one out")
+    has_teacher = teacher is not None or batches.has_outputs
+    students.check_teacher(has_teacher)
+    if not batches.has_labels:
+        students = students.without_labels()
     total = _total_steps(batches, epochs, max_steps)
     chosen = optimizer or _default_optimizer(total)
-    bodies = _bodies(networks, students, frozen, chosen, task_coef)
-    prepare = jax.make_jaxpr(lambda x: preprocess(x, None), return_shape=True)
-    prepared, sample = prepare(batches.sample)
+    bodies = _bodies(networks, students, frozen, chosen, task_coef, unlabelled)
+    shapes_of = jax.make_jaxpr(lambda x, labels: prepare(x, labels, None)[0], return_shape=True)
+    preparation, sample = shapes_of(batches.sample.x, batches.sample.labels)
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
     key = jax.random.key(seed)
     states = place([init_state(network, chosen, sample, key=key) for network in networks])
@@ -196,21 +166,27 @@ def make_plan(
         coefs=students.coefs,
         task_coef=task_coef,
         teacher=None if teacher is None else teacher_variables,
-        data=batches.arrays,
+        data=None if batches.arrays is None else tuple(batches.arrays[:2]),
+        stored=None if batches.arrays is None else tuple(batches.arrays[2:]),
         optimizer=optimizer,
         params=states[0].params,
-        outputs=lambda: (outputs[0], _outputs(_traced(frozen, teacher_variables, sample)[1])),
-        others={"seed": seed, **batches.settings},
+        outputs=lambda: (
+            outputs[0],
+            batches.sample.teacher
+            if frozen is None
+            else _outputs(_traced(frozen, teacher_variables, sample)[1]),
+        ),
+        others={"seed": seed, "unlabelled": check_rule(unlabelled), **batches.settings},
     )
     return Plan(
         networks=networks,
         is_population=students.is_population,
         states=states,
         teacher_variables=teacher_variables,
-        program=shared(_mapped, bodies, preprocess, tuple(devices)),
+        program=shared(_mapped, bodies, prepare, tuple(devices)),
         batches=batches,
-        evaluate=evaluators(networks, eval_data, preprocess, mesh, classes),
-        records=_records(students, callbacks, has_teacher=teacher is not None, total=total),
+        evaluate=evaluators(networks, eval_data, prepare, mesh, classes),
+        records=_records(students, callbacks, has_teacher=has_teacher, total=total),
         settings={} if checkpoint_dir is None else compared.described(),
         total=total,
         epochs=epochs,
@@ -222,17 +198,26 @@ def make_plan(
             devices[here[0]],
             batches,
             log_every,
-            lambda: _alone(prepared, traced, frozen, teacher_variables, sample),
+            lambda: _alone(preparation, traced, frozen, teacher_variables, sample),
         ),
         checkpoint_dir=checkpoint_dir,
         save_every=save_every,
     )
 
 
-def _bodies(networks, students: Students, teacher, optimizer, task_coef: Coef) -> list[Body]:
+def _bodies(
+    networks, students: Students, teacher, optimizer, task_coef: Coef, unlabelled: Unlabelled
+) -> list[Body]:
     return [
         step_body(
-            network, teacher, optimizer, metric=metric, coef=coef, task_coef=task_coef, axis=DEVICES
+            network,
+            teacher,
+            optimizer,
+            metric=metric,
+            coef=coef,
+            task_coef=task_coef,
+            unlabelled=unlabelled,
+            axis=DEVICES,
         )
         for network, metric, coef in zip(networks, students.metrics, students.coefs, strict=True)
     ]
@@ -291,10 +276,6 @@ def _outputs(given: Any) -> Any:
     return out
 
 
-def _unchanged(x, keys):
-    return x
-
-
 def variables_of(model: Model, variables: Any) -> Any:
     """Return ``(params, state)`` of a trained model."""
     if isinstance(variables, Mapping) and "params" in variables:
@@ -308,17 +289,25 @@ def variables_of(model: Model, variables: Any) -> Any:
     )
 
 
-def _mapped(bodies: Sequence[Body], preprocess: Preprocess, devices: Sequence[Any]):
+def _mapped(bodies: Sequence[Body], prepare: Prepare, devices: Sequence[Any]):
     """Map steps over the devices. They take their batches from arrays that lie there."""
 
     def one(states, teacher_variables, rows, arrays):
         state = states[0]  # all have the same key and step
-        x, labels = jax.tree.map(lambda a: a[rows], arrays)
+        rows, transfer_rows = rows
+        x, labels = jax.tree.map(lambda a: a[rows], (arrays.x, arrays.labels))
+        compared = rows if transfer_rows is None else transfer_rows
+        teacher, transfer = jax.tree.map(lambda a: a[compared], (arrays.teacher, arrays.transfer))
         # One key per example, so that augmentation does not depend on the number of devices. The
         # step itself draws from the keys 0 and 1 that split() makes of the same one.
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
-        batch = (preprocess(x, keys), labels)
+        x, labels = prepare(x, labels, keys)
+        if transfer is not None:
+            key = jax.random.fold_in(key, OWN)  # a row of it may have the number of another
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, transfer_rows)
+            transfer, _ = prepare(transfer, None, keys)
+        batch = Batch(x, labels, teacher, transfer)
         # Each computes the teacher on the same batch; XLA sees that and does it once.
         done = [
             body(state, teacher_variables, batch)
@@ -327,8 +316,9 @@ def _mapped(bodies: Sequence[Body], preprocess: Preprocess, devices: Sequence[An
         return [state for state, _ in done], [metrics for _, metrics in done]
 
     def several(states, teacher_variables, rows, arrays):
-        if len(rows) == 1:  # without the loop: see steps_per_call
-            states, metrics = one(states, teacher_variables, rows[0], arrays)
+        if len(rows[0]) == 1:  # without the loop: see steps_per_call
+            first = jax.tree.map(lambda r: r[0], rows)
+            states, metrics = one(states, teacher_variables, first, arrays)
             return states, jax.tree.map(lambda m: m[None], metrics)
         return jax.lax.scan(lambda s, r: one(s, teacher_variables, r, arrays), states, rows)
 

@@ -27,7 +27,7 @@ def shown(plan: Plan, progress: bool | None) -> Iterator[None]:
     if not (wanted(progress) and is_first()):
         yield
         return
-    bar = Progress("fit", steps=plan.total, batch_size=plan.batches.sample.shape[0])
+    bar = Progress("fit", steps=plan.total, batch_size=plan.batches.sample.labels.shape[0])
     plan.records[0].callbacks.append(bar)  # a population's first student stands for all
     try:
         yield

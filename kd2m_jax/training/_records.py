@@ -34,7 +34,7 @@ class Records:
         if has_teacher:
             names |= {"distillation_loss": "distillation_loss", "coef": "coef"}
         self._names = names
-        self._window: list[dict[str, float]] = []
+        self._window: list[dict[str, Any]] = []
         self._at = (0, 0)
         # A call's metrics, still on the device, and the step and epoch it ended with.
         self._pending: tuple[dict[str, jax.Array], tuple[int, int]] | None = None
@@ -73,9 +73,11 @@ class Records:
             self._window = [dict(zip(names, old.values(), strict=True)) for old in self._window]
         losses = columns["loss"]
         for i in range(len(losses)):
-            values = {name: float(column[i]) for name, column in columns.items()}
+            values: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
             if not math.isfinite(values["loss"]):
                 self._refuse(values, at[0] - len(losses) + 1 + i)
+            if math.isnan(values["accuracy"]):  # none of the batch's rows has a label
+                values["accuracy"] = None
             self._window.append(values)
         self._at = at
 
@@ -96,7 +98,9 @@ class Records:
         record = {"step": step, "epoch": epoch, "steps": self._total}
         for name in self._window[0]:
             alias = self._names.get(name, name)
-            record[alias] = sum(values[name] for values in self._window) / len(self._window)
+            known = [values[name] for values in self._window if values[name] is not None]
+            if known:
+                record[alias] = sum(known) / len(known)
         self._window = []
         self.history.append(record | (scores or {}))
 

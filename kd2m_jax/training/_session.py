@@ -48,11 +48,12 @@ class Session:
         """Whether max_steps are done."""
         return self._plan.max_steps is not None and self.done >= self._plan.max_steps
 
-    def run(self, rows: jax.Array, arrays) -> None:
+    def run(self, rows: tuple[jax.Array, jax.Array | None], arrays) -> None:
         """Make one call of the program: a step or some, on these rows of the arrays."""
         plan = self._plan
         self.states, metrics = plan.program(self.states, plan.teacher_variables, rows, arrays)
-        self.done, self.position = self.done + len(rows), self.position + len(rows)
+        steps = len(rows[0])
+        self.done, self.position = self.done + steps, self.position + steps
         # Metrics of the calls before are read while this one runs. An epoch's last steps wait for
         # its evaluation.
         for records, values in zip(plan.records, metrics, strict=True):

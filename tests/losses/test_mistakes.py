@@ -124,7 +124,7 @@ def test_labels_that_no_advice_may_destroy(function):
 
 
 @pytest.mark.parametrize("metric", [None, *LABELLED])
-@pytest.mark.parametrize("label", [-1, 3])
+@pytest.mark.parametrize("label", [-2, 3])
 def test_a_label_that_is_no_class_is_not_finite(metric, label):
     """In value and gradient, compiled or not: which class it is taken for cannot be seen."""
     student, teacher, labels = batch(6, logits=3)
@@ -282,7 +282,8 @@ def test_the_cross_entropy_needs_logits_and_labels():
     loss = functools.partial(losses.distillation_loss, metric="l2", coef=1.0)
     out = Outputs(Z, H)
     check(loss, (Outputs(Z), out, Y), ValueError, "student", "logits")
-    check(loss, (out, out, H), TypeError, "integers", "float32")
+    check(loss, (out, out, H[:, :1]), TypeError, "integers", "float32")
+    check(loss, (out, out, H[:, :2]), ValueError, "distributions", "[6, 2]")
     check(loss, (out, out, Y[:5]), ValueError, "[6]", "[5]")
 
 

@@ -106,7 +106,7 @@ def test_the_student_that_comes_back_normalises_with_its_running_statistics():
         (list(data()), r"data is a list of two arrays: pass them as a tuple \(x, labels\)"),
         ([np.ones((4, D))], r"batch 1 must be \(x, labels\) or a dict .*, got one array"),
         ([(np.ones(4), 0)], r"batch 1: labels must be \[n\], got \[\]"),
-        ([{"image": np.ones((4, D))}], "batch 1 is a dict of image: it needs one key of image/x"),
+        ([{"img": np.ones((4, D))}], "batch 1 is a dict of img: it needs one key of image/x"),
     ],
 )
 def test_data_that_is_no_batch_is_named(batches, message):
@@ -151,7 +151,7 @@ def test_an_accelerator_makes_many_steps_a_call_and_a_shorter_last_one(steps, ex
     on = {name: types.SimpleNamespace(platform=name) for name in ("cpu", "gpu", "tpu")}
     for name in ("gpu", "tpu"):
         assert steps_per_call(on[name], batches, log_every=50, alone=lambda: True) == expected
-    calls = [len(rows) for rows, _ in batches.epoch(0, expected)]
+    calls = [len(rows) for (rows, _), _ in batches.epoch(0, expected)]
     assert sum(calls) == steps and set(calls[:-1]) <= {expected} and calls[-1] <= expected
     x, labels = data()
     listed = Batches([(x[:16], labels[:16])] * 12, 16, seed=0, devices=1)
@@ -192,7 +192,7 @@ def test_a_call_is_under_way_while_the_one_before_is_recorded(monkeypatch):
         step = mapped(*arguments)
 
         def call(states, teacher_variables, rows, arrays):
-            events.append(f"call of {len(rows)}")
+            events.append(f"call of {len(rows[0])}")
             return step(states, teacher_variables, rows, arrays)
 
         return call

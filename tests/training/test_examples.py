@@ -29,10 +29,10 @@ def run(student, given, **options):
 X, Y = data()
 FAULTS = [
     ((X, Y[:, None]), r"labels must be \[n\], got \[48, 1\]: take labels\[:, 0\]"),
-    ((X, np.eye(3)[Y]), "one class number per example, no one-hot rows"),
+    ((X, np.eye(3, dtype=int)[Y]), "one class number per example, no one-hot rows"),
     ((X, Y[:40]), "48 inputs, but 40 labels"),
     ((X[:40], Y), "40 inputs, but 48 labels"),
-    ((X, np.where(Y == 2, -1, Y)), "labels must be class numbers from 0 to 2, got -1"),
+    ((X, np.where(Y == 2, -2, Y)), "labels must be class numbers from 0 to 2, got -2"),
     ((X, Y + 1), "labels must be class numbers from 0 to 2, got 3"),
     ((X, Y * 0.9), "labels must be integers, got float64: mixed labels"),
     ((X, Y.astype(np.float32)), "labels must be integers, got float32"),
@@ -44,7 +44,7 @@ FAULTS = [
     (([["1", "2", "3", "4"]] * N, Y), "inputs without rows"),
     ((np.full((N, D), "1"), Y), "x must be numbers, got <U1"),
     ((X, np.ma.masked_array(Y, Y == 2)), "labels are masked"),
-    ({"image": X}, "is a dict of image: it needs one key of image/x and one of label/labels/y"),
+    ({"image": X, "target": Y}, "is a dict of image, target: it needs one key of image/x and one"),
     ({"image": X, "x": X, "label": Y}, "is a dict of image, x, label"),
 ]
 WAYS = {
@@ -57,7 +57,7 @@ WAYS = {
 @pytest.mark.parametrize("what", WAYS)
 @pytest.mark.parametrize(("given", "message"), FAULTS)
 def test_a_fault_is_named(given, message, what):
-    below = message.replace("from 0 to 2, got -1", "from 0 (on|to 2), got -1")
+    below = message.replace("from 0 to 2, got -2", "from 0 (on|to 2), got -2")
     with pytest.raises((ValueError, TypeError), match=f"^{what}.*{below}"):
         run(mlp(), **WAYS[what](given))
 
@@ -76,7 +76,7 @@ def test_evaluation_data_of_another_kind(given, message):
 
 
 def test_a_fault_in_a_later_batch_is_named_and_what_was_trained_is_kept(tmp_path):
-    batches = [(X[:16], Y[:16]), (X[16:32], np.full(16, -1)), (X[32:], Y[32:])]
+    batches = [(X[:16], Y[:16]), (X[16:32], np.full(16, -2)), (X[32:], Y[32:])]
     with pytest.raises(ValueError, match="batch 2: labels must be class numbers from 0 to 2"):
         run(mlp(), batches, checkpoint_dir=tmp_path)
     batches[1] = (X[16:32], Y[16:32])

@@ -207,7 +207,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not():
 def test_balanced_batches_hold_runs_of_a_class():
     labels = np.random.default_rng(0).integers(0, 20, 400)
     batches = Batches((np.arange(400)[:, None], labels), 32, seed=0, devices=1, per_class=4)
-    orders = [[np.ravel(rows) for rows, _ in batches.epoch(epoch, 1)] for epoch in (0, 0, 1)]
+    orders = [[np.ravel(rows) for (rows, _), _ in batches.epoch(epoch, 1)] for epoch in (0, 0, 1)]
     np.testing.assert_equal(orders[0], orders[1])
     assert not np.array_equal(orders[0][0], orders[2][0])
     for batch in orders[0]:
@@ -362,7 +362,7 @@ def test_a_result_is_written_as_a_line():
         ({"teacher": None, "metric": "w2"}, "come together, and teacher is missing"),
         ({"teacher": from_nnx(mlp(0)), "metric": "w2"}, "teacher_variables is needed"),
         ({"data": (np.ones((4, D)), np.zeros(3, int))}, "4 inputs, but 3 labels"),
-        ({"data": (np.ones((16, D)), np.full(16, -1))}, "class numbers from 0 on, got -1"),
+        ({"data": (np.ones((16, D)), np.full(16, -2))}, "class numbers from 0 on, got -2"),
         ({"data": np.ones((16, D))}, r"data must be \(x, labels\) or .*, got one array"),
     ],
 )

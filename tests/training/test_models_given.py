@@ -6,7 +6,7 @@ from clouds import draw
 from flax import nnx
 
 from kd2m_jax import fit, models
-from kd2m_jax.training import _plan
+from kd2m_jax.training import _students
 
 N, D = 96, 10
 
@@ -75,7 +75,7 @@ def test_a_module_may_have_a_dict_among_its_attributes():
 
 
 def test_lists_of_metrics_and_coefs_say_once_what_they_mean(caplog):
-    _plan._say_what_lists_mean.cache_clear()
+    _students._say_what_lists_mean.cache_clear()
     for _ in range(2):
         fit(mlp(1), data(), teacher=mlp(0), metric=["l2", "kd"], coef=[1.0, 0.1], epochs=1,
             batch_size=16)  # fmt: skip

@@ -17,7 +17,9 @@ from kd2m_jax import (
     training,
 )
 from kd2m_jax.internal import step_body
+from kd2m_jax.training._body import Batch
 from kd2m_jax.training._evaluation import evaluators
+from kd2m_jax.training._preprocess import Prepare
 
 N, D = 96, 10
 METRICS = ["cw2", "l2", "gaussian-w2"]
@@ -81,7 +83,7 @@ def test_students_of_one_structure_share_the_program_and_the_data_of_evaluation(
     students = [mlp(1), mlp(2), mlp(1), mlp(1, 16)]
     networks = [from_nnx(student) for student in students]
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    made = evaluators(networks, data(1), lambda x, keys: x, mesh, classes=3)
+    made = evaluators(networks, data(1), Prepare.of(None), mesh, classes=3)
 
     def cells(function):
         return {
@@ -155,8 +157,9 @@ def test_the_program_of_fit_computes_the_teacher_once():
 
     def arithmetic(students):
         states = [init_state(student, optimizer, x, key=jax.random.key(0))] * students
-        program = training._plan._mapped([body] * students, lambda x, keys: 2 * x, devices)
-        lowered = program.lower(states, teacher.init(None, x), rows, (x, labels))
+        prepare = Prepare.of(lambda x, keys: 2 * x)
+        program = training._plan._mapped([body] * students, prepare, devices)
+        lowered = program.lower(states, teacher.init(None, x), (rows, None), Batch(x, labels))
         return lowered.compile().cost_analysis()["flops"]
 
     on_each = N // len(devices)

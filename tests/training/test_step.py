@@ -247,7 +247,9 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="coef must be >= 0, got -1"):
         make(metric="w2", coef=-1)
     with pytest.raises(ValueError, match="compares with a teacher, and there is none"):
-        kd2m_jax.make_train_step(student("nnx"), None, optax.sgd(0.1), metric="w2")
+        step = kd2m_jax.make_train_step(student("nnx"), None, optax.sgd(0.1), metric="w2")
+        state = init_state(student("nnx"), optax.sgd(0.1), batch[0], key=jax.random.key(0))
+        step(state, None, batch)
     with pytest.raises(TypeError, match=r"flax\.nnx\.Module instance"):
         from_nnx(LinenNet())
     with pytest.raises(TypeError, match=r"flax\.linen\.Module instance"):

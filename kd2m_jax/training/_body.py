@@ -1,0 +1,299 @@
+"""What every kind of step runs: student and teacher forward, both losses, the update."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from kd2m_jax.adapters import Apply, Network, Tree
+from kd2m_jax.losses import Metric, MetricSum
+from kd2m_jax.losses._metrics import as_outputs, resolve
+from kd2m_jax.losses._objective import (
+    LossTerms,
+    classes_of,
+    cross_entropy,
+    distance,
+    student_logits,
+)
+from kd2m_jax.outputs import Outputs
+from kd2m_jax.training._auto_coef import auto_ratio, balanced_gradients
+from kd2m_jax.training._labels import Unlabelled, check_rule, classes_for, needs_labels
+
+# A weight, or an optax schedule of the step number.
+Coef: TypeAlias = float | Callable[[jax.Array], ArrayLike]
+
+
+class Batch(NamedTuple):
+    """What one step sees, or arrays from which it takes that.
+
+    Attributes:
+      x: inputs, an array or a pytree of arrays with one row per example.
+      labels: ``[n]`` integers, -1 for none, or ``[n, k]`` distributions.
+      teacher: `Outputs` of the teacher, computed before, for the rows that the metric compares.
+      transfer: more inputs: where there are any, the metric compares these rows, which have no
+        labels, and only the cross-entropy looks at ``x``.
+    """
+
+    x: Tree
+    labels: Any
+    teacher: Outputs | None = None
+    transfer: Tree = None
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and replaces. A pytree.
+
+    Attributes:
+      params: the student's parameters.
+      model_state: the student's own state (batch statistics).
+      opt_state: the optimizer's state.
+      grad_norms: ``[2]`` float32, exponential means of the norms of the task's and the distance's
+        gradients, which coef="auto" keeps (zeros without it).
+      step: int32 scalar, steps done.
+      key: PRNG key; each step folds its number into it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> from kd2m_jax import from_nnx, init_state, models
+      >>> network = from_nnx(models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0)))
+      >>> state = init_state(network, optax.sgd(0.1), jnp.ones((2, 4)), key=jax.random.key(0))
+      >>> params, model_state = state.variables
+      >>> state.step.shape, state.grad_norms.shape
+      ((), (2,))
+    """
+
+    params: Tree
+    model_state: Tree
+    opt_state: Tree
+    grad_norms: jax.Array
+    step: jax.Array
+    key: jax.Array
+
+    @property
+    def variables(self) -> tuple[Tree, Tree]:
+        """``(params, model_state)``, what evaluation and a later student need of a teacher."""
+        return self.params, self.model_state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a student minimises: ``task_coef * cross-entropy + coef * metric``, checked.
+
+    Attributes:
+      metric: the distance to the teacher, or None.
+      coef: lambda: a number or a schedule; 0 where ``ratio`` decides.
+      task_coef: the weight of the cross-entropy: a number or a schedule.
+      ratio: RATIO of coef="auto:RATIO", or None.
+      unlabelled: the class that a conditional metric takes where there is no label.
+    """
+
+    metric: Metric | MetricSum | None
+    coef: Coef
+    task_coef: Coef
+    ratio: float | None = None
+    unlabelled: Unlabelled = None
+
+
+def objective(
+    metric: Metric | MetricSum | str | None,
+    coef: Coef | str,
+    task_coef: Coef,
+    unlabelled: Unlabelled,
+) -> Objective:
+    """Check what a student is to minimise; ValueError for what cannot be."""
+    metric, ratio = resolve(metric), None
+    unlabelled = check_rule(unlabelled)
+    if isinstance(coef, str):
+        ratio, coef = auto_ratio(coef), 0.0
+        if not callable(task_coef) and task_coef == 0:
+            raise ValueError("coef='auto' follows the cross-entropy's gradient: task_coef is 0")
+    for name, weight in (("coef", coef), ("task_coef", task_coef)):
+        if callable(weight):
+            continue
+        if weight is None or isinstance(weight, str) or np.shape(weight) != ():
+            raise ValueError(f"{name} must be a number >= 0 or a schedule, got {weight!r}")
+        if not weight >= 0:
+            raise ValueError(f"{name} must be >= 0, got {weight}")
+    return Objective(
+        metric=metric, coef=coef, task_coef=task_coef, ratio=ratio, unlabelled=unlabelled
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Body:
+    """The parts of a step: on one device, or on each device of a named axis.
+
+    On several devices each sees its part of the batch, and features, logits and labels are
+    gathered first: a distance between distributions is not the mean of the shards' distances.
+    Every device then differentiates the same global loss through its own part. The gathering's
+    transpose adds the devices' equal gradients up, and the mean over devices takes that factor
+    out again.
+    """
+
+    student: Apply
+    teacher: Apply | None
+    update: optax.TransformUpdateExtraArgsFn
+    objective: Objective
+    axis: str | None
+
+    def gather(self, tree):
+        """Return the global batch: every device's part, in order."""
+        return tree if self.axis is None else jax.lax.all_gather(tree, self.axis, tiled=True)
+
+    def mean(self, tree):
+        """Average what is floating point over the devices; counters and keys are equal there."""
+        if self.axis is None:
+            return tree
+        floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: jax.lax.pmean(x, self.axis) if floating(x) else x, tree)
+
+    def __call__(self, state: TrainState, teacher_variables, batch):
+        """Run one step: ``(state, teacher_variables, a Batch) -> (state, metrics)``."""
+        objective = self.objective
+        weights: list[Any] = [
+            w(state.step) if callable(w) else w for w in (objective.coef, objective.task_coef)
+        ]
+        loss_fn = self._loss(state, teacher_variables, Batch(*batch), weights)
+        norms = state.grad_norms
+        if objective.ratio is None:
+            (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            grads = self.mean(grads)
+        else:
+            loss, aux, grads, weights[0], norms = balanced_gradients(
+                loss_fn,
+                self.mean,
+                state.params,
+                norms,
+                ratio=objective.ratio,
+                task_coef=weights[1],
+            )
+        terms, accuracy, model_state = aux
+        # Line searches and schedules that follow the loss take it; other optimizers do not look.
+        updates, opt_state = self.update(
+            grads,
+            state.opt_state,
+            state.params,
+            value=loss,
+            grad=grads,
+            value_fn=lambda params: loss_fn(params)[0],
+        )
+        metrics = {
+            "loss": loss,
+            "task_loss": terms.task,
+            "distillation_loss": terms.distillation,
+            "coef": jnp.asarray(weights[0], jnp.float32),
+            "accuracy": accuracy,
+            **{f"distillation_loss/{name}": value for name, value in terms.parts.items()},
+        }
+        params = optax.apply_updates(state.params, updates)
+        model_state = _like(self.mean(model_state), state.model_state)
+        state = TrainState(params, model_state, opt_state, norms, state.step + 1, state.key)
+        return state, self.mean(metrics)
+
+    def _loss(self, state: TrainState, teacher_variables, batch: Batch, weights):
+        """Return ``params -> (loss, (terms, accuracy, model_state))`` for this batch."""
+        dropout_key, metric_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        if self.axis is not None:
+            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(self.axis))
+        x, labels = batch.x, self.gather(batch.labels)
+        seen_by_teacher = self._seen_by_teacher(teacher_variables, batch)
+        if batch.transfer is not None:
+            # One forward pass, so that batch statistics are those of both.
+            x = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, batch.transfer)
+
+        def loss_fn(params):
+            out, model_state = self.student(
+                params, state.model_state, x, train=True, rng=dropout_key
+            )
+            out, compared, classes = self._parts(out, batch, labels)
+            distillation, parts = self._distance(compared, seen_by_teacher, classes, metric_key)
+            task = cross_entropy(student_logits(out, weights[1]), labels)
+            terms = LossTerms(task, distillation, parts)
+            loss = jnp.asarray(weights[1]) * terms.task + jnp.asarray(weights[0]) * distillation
+            return loss, (terms, _accuracy(out, labels), model_state)
+
+        return loss_fn
+
+    def _seen_by_teacher(self, teacher_variables, batch: Batch) -> Outputs | None:
+        """Return the teacher's outputs for the rows that the metric compares, of all devices."""
+        if self.teacher is None:
+            seen = None if batch.teacher is None else as_outputs("teacher", batch.teacher)
+        else:
+            params, state = teacher_variables
+            x = batch.x if batch.transfer is None else batch.transfer
+            seen, _ = self.teacher(params, state, x, train=False, rng=None)
+        return self.gather(jax.lax.stop_gradient(seen))
+
+    def _parts(self, out: Any, batch: Batch, labels: jax.Array) -> tuple[Outputs, Outputs, Any]:
+        """Split the student's outputs: rows with labels, rows to compare, and their classes."""
+        out = as_outputs("student", out)
+        if batch.transfer is None:
+            out = self.gather(out)
+            return out, out, classes_of(labels)
+        n = len(batch.labels)
+        out, compared = (
+            self.gather(jax.tree.map(lambda a, rows=rows: a[rows], out))
+            for rows in (slice(n), slice(n, None))
+        )
+        return out, compared, jnp.full(len(compared.features), -1)
+
+    def _distance(self, student: Outputs, teacher: Outputs | None, classes: jax.Array, key):
+        """Return the metric's value and, of a sum of metrics, its parts."""
+        metric = self.objective.metric
+        if metric is not None and teacher is None:
+            raise ValueError(
+                f"metric {getattr(metric, 'label', metric)!r} compares with a teacher, and there "
+                "is none"
+            )
+        if needs_labels(metric):
+            classes = classes_for(self.objective.unlabelled, classes, student, teacher)
+        return distance(student, student if teacher is None else teacher, classes, metric, key=key)
+
+
+def step_body(
+    student: Network,
+    teacher: Network | None,
+    optimizer: optax.GradientTransformation,
+    *,
+    metric: Metric | MetricSum | str | None,
+    coef: Coef | str,
+    task_coef: Coef,
+    unlabelled: Unlabelled = None,
+    axis: str | None,
+) -> Body:
+    """Make what every kind of step runs, on one device or on each device of a named axis."""
+    return Body(
+        student.apply,
+        None if teacher is None else teacher.apply,
+        optax.with_extra_args_support(optimizer).update,
+        objective(metric, coef, task_coef, unlabelled),
+        axis,
+    )
+
+
+def _like(new: Any, old: Any) -> Any:
+    """Return a state with the structure and dtypes that it had, so that a step compiles once.
+
+    What a call adds (sown intermediates, say) is left out.
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path(old)
+    found = dict(jax.tree_util.tree_leaves_with_path(new))
+    leaves = [jnp.asarray(found.get(path, leaf)) for path, leaf in pairs]
+    leaves = [
+        x if x.dtype == leaf.dtype else x.astype(leaf.dtype)
+        for x, (_, leaf) in zip(leaves, pairs, strict=True)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _accuracy(out: Outputs, labels: jax.Array) -> jax.Array:
+    """Return the share of the labelled rows that are right; NaN without any."""
+    labels = classes_of(labels)
+    right = jnp.argmax(jnp.asarray(out.logits), axis=-1) == labels
+    return jnp.sum(right, dtype=jnp.float32) / jnp.sum(labels != -1)
