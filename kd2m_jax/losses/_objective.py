@@ -134,10 +134,11 @@ def classes_of(labels: ArrayLike) -> jax.Array:
     return integer_labels(labels)
 
 
-def cross_entropy(logits: jax.Array, labels: ArrayLike) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: ArrayLike, *, all_labelled: bool = False) -> jax.Array:
     """Return the mean over the rows that have a label, in nats; 0 without any.
 
-    NaN for a label that is no class, which indexing would take for another one.
+    NaN for a label that is no class, which indexing would take for another one. Where it is known
+    that all rows have labels the program is a simpler one.
     """
     n, k = logits.shape
     if are_distributions(labels):
@@ -152,5 +153,7 @@ def cross_entropy(logits: jax.Array, labels: ArrayLike) -> jax.Array:
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(known, labels, 0)
     )
+    if all_labelled:
+        return jnp.mean(nats * jnp.where(known, 1, jnp.nan))
     has_label = labels != -1
     return row_mean(nats * jnp.where(known | ~has_label, 1, jnp.nan), has_label)

@@ -64,6 +64,7 @@ class Batches:
     Attributes:
       classes: the number of classes that the networks tell apart; None until that is known.
       has_labels: whether any example has one, as far as that is known.
+      all_labelled: whether it is known that all have a class number.
       has_outputs: whether the teacher's outputs come with the examples that are compared.
       sample: shapes of a batch.
     """
@@ -108,10 +109,10 @@ class Batches:
         labels = all_of_it.labels
         if teacher is not None:
             all_of_it = all_of_it._replace(teacher=stored_outputs("data", teacher, len(labels)))
-        self.has_labels = has_labels(labels)
+        self.has_labels, self.all_labelled = has_labels(labels), _all_numbered(labels)
         if batch_size > len(labels):
             raise ValueError(f"batch_size {batch_size} is larger than the data ({len(labels)})")
-        if per_class is not None and not _all_numbered(labels):
+        if per_class is not None and not self.all_labelled:
             raise ValueError("per_class needs a class number for every example")
         self.steps_per_epoch = steps_per_epoch(labels, batch_size, per_class)
         if self.steps_per_epoch == 0:
@@ -146,7 +147,7 @@ class Batches:
         self._iterable = data
         self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
         first = _first_batch(data)
-        self.has_labels = True  # a later batch may have them
+        self.has_labels, self.all_labelled = True, False  # what later batches have is not known
         self.settings = {"batches": self.steps_per_epoch}
         if self._transfer is not None:
             beside = self._transfer.x, self._transfer.teacher

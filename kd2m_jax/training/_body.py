@@ -141,6 +141,7 @@ class Body:
     update: optax.TransformUpdateExtraArgsFn
     objective: Objective
     axis: str | None
+    all_labelled: bool = False
 
     def gather(self, tree):
         """Return the global batch: every device's part, in order."""
@@ -212,8 +213,10 @@ class Body:
                 params, state.model_state, x, train=True, rng=dropout_key
             )
             out, compared, classes = self._parts(out, batch, labels)
+            task = cross_entropy(
+                student_logits(out, weights[1]), labels, all_labelled=self.all_labelled
+            )
             distillation, parts = self._distance(compared, seen_by_teacher, classes, metric_key)
-            task = cross_entropy(student_logits(out, weights[1]), labels)
             terms = LossTerms(task, distillation, parts)
             loss = jnp.asarray(weights[1]) * terms.task + jnp.asarray(weights[0]) * distillation
             return loss, (terms, _accuracy(out, labels), model_state)
@@ -266,14 +269,19 @@ def step_body(
     task_coef: Coef,
     unlabelled: Unlabelled = None,
     axis: str | None,
+    all_labelled: bool = False,
 ) -> Body:
-    """Make what every kind of step runs, on one device or on each device of a named axis."""
+    """Make what every kind of step runs, on one device or on each device of a named axis.
+
+    ``all_labelled`` says that no label is -1.
+    """
     return Body(
         student.apply,
         None if teacher is None else teacher.apply,
         optax.with_extra_args_support(optimizer).update,
         objective(metric, coef, task_coef, unlabelled),
         axis,
+        all_labelled,
     )
 
 

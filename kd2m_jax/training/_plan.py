@@ -151,7 +151,15 @@ def make_plan(
         students = students.without_labels()
     total = _total_steps(batches, epochs, max_steps)
     chosen = optimizer or _default_optimizer(total)
-    bodies = _bodies(networks, students, frozen, chosen, task_coef, unlabelled)
+    bodies = _bodies(
+        networks,
+        students,
+        frozen,
+        chosen,
+        task_coef,
+        unlabelled=unlabelled,
+        all_labelled=batches.all_labelled and not prepare.changes_labels,
+    )
     shapes_of = jax.make_jaxpr(lambda x, labels: prepare(x, labels, None)[0], return_shape=True)
     preparation, sample = shapes_of(batches.sample.x, batches.sample.labels)
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
@@ -206,7 +214,7 @@ def make_plan(
 
 
 def _bodies(
-    networks, students: Students, teacher, optimizer, task_coef: Coef, unlabelled: Unlabelled
+    networks, students: Students, teacher, optimizer, task_coef: Coef, **labels: Any
 ) -> list[Body]:
     return [
         step_body(
@@ -216,8 +224,8 @@ def _bodies(
             metric=metric,
             coef=coef,
             task_coef=task_coef,
-            unlabelled=unlabelled,
             axis=DEVICES,
+            **labels,
         )
         for network, metric, coef in zip(networks, students.metrics, students.coefs, strict=True)
     ]
