@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kd2m_jax import losses as losses
     from kd2m_jax import models as models
     from kd2m_jax import theory as theory
+    from kd2m_jax._outputs import Outputs as Outputs
     from kd2m_jax.adapters import Network as Network
     from kd2m_jax.adapters import from_linen as from_linen
     from kd2m_jax.adapters import from_nnx as from_nnx
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
     from kd2m_jax.errors import CheckpointError as CheckpointError
     from kd2m_jax.errors import NonFiniteLoss as NonFiniteLoss
     from kd2m_jax.errors import Stopped as Stopped
-    from kd2m_jax.outputs import Outputs as Outputs
+    from kd2m_jax.teachers import ema_teacher as ema_teacher
+    from kd2m_jax.teachers import ensemble as ensemble
     from kd2m_jax.training import FitResult as FitResult
     from kd2m_jax.training import TrainState as TrainState
     from kd2m_jax.training import fit as fit
     from kd2m_jax.training import init_state as init_state
     from kd2m_jax.training import make_eval_step as make_eval_step
     from kd2m_jax.training import make_train_step as make_train_step
+    from kd2m_jax.training import outputs as outputs
     from kd2m_jax.training import pmap_step as pmap_step
+    from kd2m_jax.training import predict as predict
     from kd2m_jax.training import restore as restore
     from kd2m_jax.training import shard_map_step as shard_map_step
 
@@ -36,19 +40,23 @@ __url__ = ""
 _MODULES = ("losses", "models", "theory")
 _HOMES = {
     "Network": "adapters",
-    "Outputs": "outputs",
+    "Outputs": "_outputs",
     "TrainState": "training",
     "CheckpointError": "errors",
     "FitResult": "training",
     "NonFiniteLoss": "errors",
     "Stopped": "errors",
+    "ema_teacher": "teachers",
+    "ensemble": "teachers",
     "fit": "training",
     "from_linen": "adapters",
     "from_nnx": "adapters",
     "init_state": "training",
     "make_eval_step": "training",
     "make_train_step": "training",
+    "outputs": "training",
     "pmap_step": "training",
+    "predict": "training",
     "projected": "adapters",
     "restore": "training",
     "shard_map_step": "training",

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from kd2m_jax._batch_norm import DEVICES, on_devices, synchronise
-from kd2m_jax.outputs import Outputs
+from kd2m_jax._outputs import Outputs
 
 # What a network's parameters or its state are: any pytree of arrays.
 Tree: TypeAlias = Any
@@ -44,6 +44,8 @@ class Network(NamedTuple):
         dropout and may be None where ``train`` is False.
       export: ``(params, state) -> model``, the trained model as its users know it: an NNX module
         in evaluation mode, a Linen module's variables, or by default the pair itself.
+      variables: ``(params, state)``, trained, where the network brings them: a teacher's need not
+        be given then.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,6 +63,7 @@ class Network(NamedTuple):
     init: Callable[[jax.Array | None, Tree], tuple[Tree, Tree]]
     apply: Apply
     export: Callable[[Tree, Tree], Any] = _pair
+    variables: tuple[Tree, Tree] | None = None
 
 
 Model: TypeAlias = nnx.Module | nn.Module | Network
@@ -109,7 +112,7 @@ def from_nnx(module: nnx.Module) -> Network:
         return trained
 
     apply = functools.partial(_apply_nnx, graph, streams, type(module).__name__)
-    return Network(lambda key, x: (params, state), apply, export)
+    return Network(lambda key, x: (params, state), apply, export, (params, state))
 
 
 class _Streams:
@@ -220,7 +223,8 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
     def export(params, state):
         return {"params": params, **state}
 
-    return Network(init, functools.partial(_apply_linen, module), export)
+    own = None if variables is None else init(None, None)
+    return Network(init, functools.partial(_apply_linen, module), export, own)
 
 
 def _mode(module: nn.Module, *, train: bool) -> dict[str, Any]:

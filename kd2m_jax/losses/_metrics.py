@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._catalogue import METRICS
 from kd2m_jax.losses._checks import PER_CALL, TRACED, did_you_mean, number, shown, static
-from kd2m_jax.outputs import Outputs
 
 
 @dataclasses.dataclass(frozen=True)

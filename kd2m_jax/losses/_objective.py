@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._checks import (
     are_distributions,
     class_labels,
@@ -18,7 +19,6 @@ from kd2m_jax.losses._checks import (
     several_classes,
 )
 from kd2m_jax.losses._metrics import Metric, MetricSum, as_outputs, resolve
-from kd2m_jax.outputs import Outputs
 
 
 class LossTerms(NamedTuple):

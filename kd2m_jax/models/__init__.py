@@ -1,6 +1,6 @@
 """Networks in Flax NNX: ResNets, MLPs, a registry by name, and weights from torch.
 
-Every network maps a batch of channels-last images to :class:`kd2m_jax.outputs.Outputs`. In any
+Every network maps a batch of channels-last images to `kd2m_jax.Outputs`. In any
 ``dtype`` the parameters, the statistics of batch normalisation, the features and the logits stay
 in float32; with a ``dtype`` of float64, features and logits are in float64. Only the activations
 between layers, and so the maps, are in ``dtype``.

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kd2m_jax._compat import layer_list
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.models._layers import check_array, head, linear
-from kd2m_jax.outputs import Outputs
 
 
 class MLP(nnx.Module):

@@ -8,8 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kd2m_jax._compat import layer_list
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.models._layers import check_array, conv, head, norm, shortcut
-from kd2m_jax.outputs import Outputs
 
 
 class BasicBlock(nnx.Module):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from kd2m_jax.training._fit import fit as fit
     from kd2m_jax.training._parallel import pmap_step as pmap_step
     from kd2m_jax.training._parallel import shard_map_step as shard_map_step
+    from kd2m_jax.training._predict import outputs as outputs
+    from kd2m_jax.training._predict import predict as predict
     from kd2m_jax.training._restore import restore as restore
     from kd2m_jax.training._step import Step as Step
     from kd2m_jax.training._step import init_state as init_state
@@ -20,6 +22,8 @@ _HOMES = {
     "fit": "_fit",
     "pmap_step": "_parallel",
     "shard_map_step": "_parallel",
+    "outputs": "_predict",
+    "predict": "_predict",
     "restore": "_restore",
     "Step": "_step",
     "TrainState": "_body",

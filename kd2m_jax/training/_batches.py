@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._checks import are_distributions
-from kd2m_jax.outputs import Outputs
 from kd2m_jax.training._body import Batch
 from kd2m_jax.training._examples import (
     Arrays,

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Apply, Network, Tree
 from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.losses._metrics import as_outputs, resolve
@@ -20,7 +21,6 @@ from kd2m_jax.losses._objective import (
     distance,
     student_logits,
 )
-from kd2m_jax.outputs import Outputs
 from kd2m_jax.training._auto_coef import auto_ratio, balanced_gradients
 from kd2m_jax.training._labels import Unlabelled, check_rule, classes_for, needs_labels
 
@@ -56,6 +56,8 @@ class TrainState(NamedTuple):
         gradients, which coef="auto" keeps (zeros without it).
       step: int32 scalar, steps done.
       key: PRNG key; each step folds its number into it.
+      average: the moving average of both variables, of a student that is its own teacher
+        (`ema_teacher`); else None.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -74,6 +76,7 @@ class TrainState(NamedTuple):
     grad_norms: jax.Array
     step: jax.Array
     key: jax.Array
+    average: Tree = None
 
     @property
     def variables(self) -> tuple[Tree, Tree]:
@@ -142,6 +145,7 @@ class Body:
     objective: Objective
     axis: str | None
     all_labelled: bool = False
+    decay: float | None = None  # of the student's average, where that is its teacher
 
     def gather(self, tree):
         """Return the global batch: every device's part, in order."""
@@ -194,7 +198,12 @@ class Body:
         }
         params = optax.apply_updates(state.params, updates)
         model_state = _like(self.mean(model_state), state.model_state)
-        state = TrainState(params, model_state, opt_state, norms, state.step + 1, state.key)
+        average = state.average
+        if self.decay is not None:
+            average = _averaged(average, (params, model_state), self.decay)
+        state = TrainState(
+            params, model_state, opt_state, norms, state.step + 1, state.key, average
+        )
         return state, self.mean(metrics)
 
     def _loss(self, state: TrainState, teacher_variables, batch: Batch, weights):
@@ -203,6 +212,8 @@ class Body:
         if self.axis is not None:
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(self.axis))
         x, labels = batch.x, self.gather(batch.labels)
+        if self.decay is not None:
+            teacher_variables = state.average
         seen_by_teacher = self._seen_by_teacher(teacher_variables, batch)
         if batch.transfer is not None:
             # One forward pass, so that batch statistics are those of both.
@@ -270,11 +281,15 @@ def step_body(
     unlabelled: Unlabelled = None,
     axis: str | None,
     all_labelled: bool = False,
+    decay: float | None = None,
 ) -> Body:
     """Make what every kind of step runs, on one device or on each device of a named axis.
 
-    ``all_labelled`` says that no label is -1.
+    ``all_labelled`` says that no label is -1; with a ``decay`` the student's own average is its
+    teacher.
     """
+    if decay is not None:
+        teacher = student
     return Body(
         student.apply,
         None if teacher is None else teacher.apply,
@@ -282,7 +297,18 @@ def step_body(
         objective(metric, coef, task_coef, unlabelled),
         axis,
         all_labelled,
+        decay,
     )
+
+
+def _averaged(average: Any, new: Any, decay: float) -> Any:
+    """Return the moving average with a new value; what is not floating point is the new one's."""
+
+    def mean(a, b):
+        floating = jnp.issubdtype(b.dtype, jnp.floating)
+        return (decay * a + (1 - decay) * b).astype(b.dtype) if floating else b
+
+    return jax.tree.map(mean, average, new)
 
 
 def _like(new: Any, old: Any) -> Any:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._checks import are_distributions, integer_labels
 from kd2m_jax.losses._metrics import as_outputs
-from kd2m_jax.outputs import Outputs
 from kd2m_jax.training._body import Batch
 
 # (x, labels) or a dict of the two; x may be a pytree of arrays with one row per example. Labels may

@@ -8,8 +8,9 @@ import optax
 from flax import linen as nn
 from flax import nnx
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Model, Network, Tree
-from kd2m_jax.outputs import Outputs
+from kd2m_jax.teachers import EmaTeacher
 from kd2m_jax.training._body import Coef, TrainState
 from kd2m_jax.training._examples import Arrays
 from kd2m_jax.training._labels import Unlabelled
@@ -62,7 +63,7 @@ class FitResult(NamedTuple, Generic[M]):
 class _Options(TypedDict, total=False):
     """The arguments of `fit` whose types do not decide what it returns."""
 
-    teacher: Model | Outputs | None
+    teacher: Model | Outputs | EmaTeacher | None
     teacher_variables: object
     transfer: object
     transfer_batch_size: int
@@ -142,7 +143,7 @@ def fit(
     student: Model | Sequence[Model],
     data: Arrays | Iterable[Arrays],
     *,
-    teacher: Model | Outputs | None = None,
+    teacher: Model | Outputs | EmaTeacher | None = None,
     teacher_variables: object = None,
     transfer: object = None,
     transfer_batch_size: int = 128,
@@ -198,10 +199,11 @@ def fit(
         ``max_steps``. Without a ``len`` the default learning rate is constant, unless
         ``max_steps`` says where it ends.
       teacher: the frozen network; or its `Outputs` for the training arrays, row by row, computed
-        before; or None. Outputs are those of the images as they are stored: with random
-        augmentation the student sees others.
+        before (`kd2m_jax.outputs` does that); or `ema_teacher`, the student's own average; or None.
+        Outputs are those of the images as they are stored: with random augmentation the student
+        sees others.
       teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
-        an NNX module brings its own.
+        an NNX module and a `Network` that was made with them bring their own.
       transfer: more inputs, without labels, for the distance alone: each step draws
         ``batch_size`` examples of the data for the cross-entropy and ``transfer_batch_size`` of
         these for the metric, which then sees no others, and passes both through the student

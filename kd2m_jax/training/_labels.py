@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses import Metric, MetricSum
-from kd2m_jax.outputs import Outputs
 
 RULES = ("teacher", "drop", "own", "balanced")
 # A rule's name, ("balanced", shares), or None for the usual one.

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._locks import check_local
-from kd2m_jax.adapters import DEVICES, Model, Network, as_network, from_nnx
+from kd2m_jax._outputs import Outputs
+from kd2m_jax.adapters import DEVICES, Model, Network, as_network
 from kd2m_jax.losses._metrics import as_outputs
-from kd2m_jax.outputs import Outputs
+from kd2m_jax.teachers import EmaTeacher
 from kd2m_jax.training._batches import OWN, Batches, Transfer, steps_per_call
 from kd2m_jax.training._body import Batch, Body, Coef, TrainState, step_body
 from kd2m_jax.training._evaluation import evaluators
@@ -26,7 +26,7 @@ from kd2m_jax.training._labels import Unlabelled, check_rule
 from kd2m_jax.training._preprocess import Prepare, Preprocess
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._records import Record, Records
-from kd2m_jax.training._step import init_state
+from kd2m_jax.training._step import init_state, owned
 from kd2m_jax.training._students import Students
 
 
@@ -97,7 +97,7 @@ def make_plan(
     students: Students,
     data: Arrays | Iterable[Arrays],
     *,
-    teacher: Model | Outputs | None,
+    teacher: Model | Outputs | EmaTeacher | None,
     teacher_variables: Any,
     transfer: Any,
     transfer_batch_size: int,
@@ -139,9 +139,11 @@ def make_plan(
     mesh = Mesh(np.array(devices)[here], (DEVICES,))
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
     networks = [as_network(student) for student in students.models]
-    frozen = None if teacher is None else as_network(teacher)
-    if teacher is not None:
-        teacher_variables = place(variables_of(teacher, teacher_variables))
+    decay = teacher.decay if isinstance(teacher, EmaTeacher) else None
+    model = None if isinstance(teacher, EmaTeacher) else teacher
+    frozen = None if model is None else as_network(model)
+    if model is not None:
+        teacher_variables = place(variables_of(model, teacher_variables))
     batches = Batches(data, batch_size, seed, len(devices), per_class, place, here, stored, given)
     if teacher is not None and batches.has_outputs:
         raise ValueError("data brings the teacher's outputs, and there is a teacher: leave one out")
@@ -159,12 +161,16 @@ def make_plan(
         task_coef,
         unlabelled=unlabelled,
         all_labelled=batches.all_labelled and not prepare.changes_labels,
+        decay=decay,
     )
     shapes_of = jax.make_jaxpr(lambda x, labels: prepare(x, labels, None)[0], return_shape=True)
     preparation, sample = shapes_of(batches.sample.x, batches.sample.labels)
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
     key = jax.random.key(seed)
-    states = place([init_state(network, chosen, sample, key=key) for network in networks])
+    states = [init_state(network, chosen, sample, key=key) for network in networks]
+    if decay is not None:
+        states = [state._replace(average=owned(state.variables)) for state in states]
+    states = place(states)
     traced = [_traced(n, s.variables, sample) for n, s in zip(networks, states, strict=True)]
     outputs = [_outputs(out) for _, out in traced]
     classes = min(out.logits.shape[-1] for out in outputs)
@@ -173,18 +179,25 @@ def make_plan(
         metrics=students.metrics,
         coefs=students.coefs,
         task_coef=task_coef,
-        teacher=None if teacher is None else teacher_variables,
+        teacher=None if frozen is None else teacher_variables,
         data=None if batches.arrays is None else tuple(batches.arrays[:2]),
         stored=None if batches.arrays is None else tuple(batches.arrays[2:]),
         optimizer=optimizer,
         params=states[0].params,
         outputs=lambda: (
             outputs[0],
-            batches.sample.teacher
-            if frozen is None
-            else _outputs(_traced(frozen, teacher_variables, sample)[1]),
+            _outputs(_traced(frozen, teacher_variables, sample)[1])
+            if frozen is not None
+            else outputs[0]
+            if decay is not None
+            else batches.sample.teacher,
         ),
-        others={"seed": seed, "unlabelled": check_rule(unlabelled), **batches.settings},
+        others={
+            "seed": seed,
+            "decay": decay,
+            "unlabelled": check_rule(unlabelled),
+            **batches.settings,
+        },
     )
     return Plan(
         networks=networks,
@@ -214,7 +227,7 @@ def make_plan(
 
 
 def _bodies(
-    networks, students: Students, teacher, optimizer, task_coef: Coef, **labels: Any
+    networks, students: Students, teacher, optimizer, task_coef: Coef, **options: Any
 ) -> list[Body]:
     return [
         step_body(
@@ -225,7 +238,7 @@ def _bodies(
             coef=coef,
             task_coef=task_coef,
             axis=DEVICES,
-            **labels,
+            **options,
         )
         for network, metric, coef in zip(networks, students.metrics, students.coefs, strict=True)
     ]
@@ -290,10 +303,12 @@ def variables_of(model: Model, variables: Any) -> Any:
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
     if variables is not None:
         return variables
-    if isinstance(model, nnx.Module):
-        return from_nnx(model).init(None, None)
+    own = as_network(model).variables
+    if own is not None:
+        return own
     raise ValueError(
-        "teacher_variables is needed: only an NNX module brings its own trained variables"
+        "the trained variables are needed (teacher_variables of fit): only an NNX module, or a "
+        "network made with them, brings its own"
     )
 
 

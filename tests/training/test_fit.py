@@ -360,7 +360,10 @@ def test_a_result_is_written_as_a_line():
         ({"batch_size": 10}, "a batch of 10 does not split evenly over 4 devices"),
         ({"teacher": mlp(0), "metric": None}, "come together, and metric is missing"),
         ({"teacher": None, "metric": "w2"}, "come together, and teacher is missing"),
-        ({"teacher": from_nnx(mlp(0)), "metric": "w2"}, "teacher_variables is needed"),
+        (
+            {"teacher": Network(*from_nnx(mlp(0))[:2]), "metric": "w2"},
+            r"trained variables are needed \(teacher_variables of fit\)",
+        ),
         ({"data": (np.ones((4, D)), np.zeros(3, int))}, "4 inputs, but 3 labels"),
         ({"data": (np.ones((16, D)), np.full(16, -2))}, "class numbers from 0 on, got -2"),
         ({"data": np.ones((16, D))}, r"data must be \(x, labels\) or .*, got one array"),
