@@ -1,0 +1,127 @@
+"""The pages of docs/: what they show runs."""
+
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from clouds import draw
+from flax import linen as nn
+from flax import nnx
+
+import kd2m_jax
+from kd2m_jax import losses, models
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "what_you_have.md").read_text()
+LINES = re.findall(r"^\| (.+) \| `(.+)` \|$", PAGE, re.MULTILINE)
+BLOCKS = dict(
+    re.findall(r"^## (.+)\n(?:(?!^##).*\n)*?```python\n((?:.*\n)*?)```", PAGE, re.MULTILINE)
+)
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(5)(x))
+        return x, nn.Dense(3)(x)
+
+
+def mlp(seed, width=5):
+    return models.MLP((8, width), 3, in_features=4, rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture(scope="module")
+def space():
+    """Return the names that the table speaks of; `fit` makes few steps."""
+    x, _, y = draw("clustered", 160, 4, classes=3)
+    x, y, teacher = x.astype(np.float32), y.astype(np.int32), mlp(1)
+    seen, module = teacher(x), Linen()
+
+    def few_steps(*given, **options):
+        options = {"batch_size": 32, "epochs": 1, "optimizer": optax.sgd(0.01)} | options
+        return kd2m_jax.fit(*given, **options)
+
+    def apply(params, state, x, *, train, rng):
+        features = x @ params["w"]
+        return kd2m_jax.Outputs(features, features @ params["h"]), state
+
+    names = {name: getattr(kd2m_jax, name) for name in kd2m_jax.__all__}
+    return names | {
+        "fit": few_steps,
+        "np": np,
+        "x": x,
+        "y": y,
+        "x_few": x[:16],
+        "y_few": y[:16],
+        "known": np.arange(160) % 2 == 0,
+        "soft": np.eye(3)[y] * 0.9 + 0.1 / 3,
+        "student": mlp(0),
+        "teacher": teacher,
+        "another": mlp(2),
+        "wide": mlp(3, 12),
+        "features": seen.features,
+        "logits": seen.logits,
+        "z_s": mlp(0)(x).features,
+        "z_t": seen.features,
+        "module": module,
+        "variables": module.init(jnp.zeros(2, jnp.uint32), x),
+        "init": lambda key, x: ({"w": jnp.ones((4, 5)), "h": jnp.ones((5, 3))}, {}),
+        "apply": apply,
+        "mixup": lambda x, labels, keys: (x, labels),
+    }
+
+
+def test_the_table_is_read():
+    assert len(LINES) >= 18 and len({code for _, code in LINES}) == len(LINES)
+
+
+@pytest.mark.parametrize(("what", "code"), LINES, ids=[what for what, _ in LINES])
+def test_a_line_of_the_table_runs(what, code, space):
+    got = eval(code, space)
+    if code.startswith("fit"):
+        last = got.history[-1]
+        assert np.isfinite(last["loss"]) and np.isfinite(last["distillation_loss"])
+        assert last["distillation_loss"] > 0
+    else:
+        assert np.all(np.isfinite(got))
+
+
+def test_few_labels():
+    """On clouds instead of MNIST: the lines are those of the study."""
+    x, _, y = draw("clustered", 400, 784, classes=10)
+    x = (x / np.abs(x).max()).astype(np.float32)
+    teacher = models.MLP((64, 128), 10, in_features=784, rngs=nnx.Rngs(0))
+    short = {"epochs": 2, "devices": jax.devices()[:2]}
+    fit = lambda *given, **options: kd2m_jax.fit(*given, **options | short)  # noqa: E731
+    space = {"np": np, "nnx": nnx, "models": models, "fit": fit, "seed": 0, "coef": 0.01}
+    space |= {"x": x, "y": y.astype(np.int32), "teacher": teacher}
+    exec(BLOCKS["Few labels"], space)
+    assert {"alone", "helped"} <= space.keys()
+    study = (DOCS / "results/few_labels.py").read_text()
+    for line in BLOCKS["Few labels"].splitlines()[:4]:
+        assert line in study
+    found = json.loads((DOCS / "results/few_labels.json").read_text())
+    for name in ("alone", "with a transfer set"):
+        accuracies = 100 * np.array(found[name])
+        assert f"{accuracies.mean():.1f}% ± {accuracies.std(ddof=1):.1f}" in PAGE
+
+
+def test_a_teacher_in_torch():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 8, 8, 1)).astype(np.float32)
+    body = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    )
+    space = {"torch_body": body, "torch_head": torch.nn.Linear(6, 3), "x": x}
+    space |= {"y": np.arange(32) % 3, "models": models, "nnx": nnx}
+    space |= {name: getattr(kd2m_jax, name) for name in ("Outputs", "projected", "fit")}
+    exec(BLOCKS["A teacher in torch"], space)
+    value = losses.l2(space["seen"].features, space["seen"].features)
+    assert value == 0 and np.isfinite(space["result"].history[-1]["loss"])
