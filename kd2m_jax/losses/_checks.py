@@ -15,9 +15,9 @@ F = TypeVar("F", bound=Callable)
 T = TypeVar("T")
 
 # Traced although keyword-only; every other keyword-only parameter of a loss is static.
-TRACED = ("key", "class_cost", "where")
+TRACED = ("key", "class_cost", "where", "labels_t")
 # Keyword-only parameters that belong to one call: no options of a metric.
-PER_CALL = ("key", "where", "has_aux")
+PER_CALL = ("key", "where", "labels_t", "has_aux")
 
 
 def loss(fn: F) -> F:
@@ -51,6 +51,8 @@ def loss(fn: F) -> F:
                 args = (*args[:at], integer_labels(args[at]), *args[at + 1 :])
             elif kwargs.get("labels") is not None:
                 kwargs["labels"] = integer_labels(kwargs["labels"])
+        if kwargs.get("labels_t") is not None:
+            kwargs["labels_t"] = integer_labels(kwargs["labels_t"])
         with jax.numpy_dtype_promotion("standard"):  # ott-jax relies on it, whatever the caller set
             return compiled(*args, **kwargs)
 
@@ -223,6 +225,18 @@ def labelled_rows(
     return labels, known if keep is None else known & keep
 
 
+def apart_labels(
+    labels: ArrayLike, labels_t: ArrayLike, where: ArrayLike | None, n: int, m: int
+) -> tuple[jax.Array, jax.Array]:
+    """Return the integer labels of both sides, each of which has examples of its own."""
+    if where is not None:
+        raise ValueError(
+            "where leaves row i of both sides out, and with labels_t they are not the same "
+            "examples: give the rows the label -1 instead"
+        )
+    return class_labels(labels, n), class_labels(labels_t, m, "labels_t")
+
+
 def filled(keep: jax.Array | None, *arrays: jax.Array) -> list[jax.Array]:
     """Put the mean of the rows that count, a constant, into the places of the others.
 
@@ -254,12 +268,12 @@ def row_mean(per_row: jax.Array, keep: jax.Array | None) -> jax.Array:
     return jnp.sum(per_row) / jnp.maximum(jnp.sum(keep, dtype=per_row.dtype), 1)
 
 
-def class_labels(labels: ArrayLike, n: int) -> jax.Array:
+def class_labels(labels: ArrayLike, n: int, name: str = "labels") -> jax.Array:
     """Integer labels ``[n]``."""
     labels = integer_labels(labels)
     if labels.shape != (n,):
         raise ValueError(
-            f"labels must have shape [{n}], got {list(labels.shape)}{_as_numbers(labels.shape)}"
+            f"{name} must have shape [{n}], got {list(labels.shape)}{_as_numbers(labels.shape)}"
         )
     return labels
 

@@ -39,8 +39,8 @@ def between_features(groups: Groups) -> PairCost:
     def matrix(x, y):
         if groups.same is not None:
             # Only distances within a class count, and a tight class may lie far from the others.
-            centre = jax.lax.stop_gradient((groups.mean(x) + groups.mean(y)) / 2)
-            x, y = x - centre, y - centre
+            centre = jax.lax.stop_gradient((groups.mean_s(x) + groups.mean_t_at_s(y)) / 2)
+            x, y = x - centre, y - groups.at_t(centre)
         return squared_distances(x, y)
 
     def factors(x, y):

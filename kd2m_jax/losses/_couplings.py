@@ -25,7 +25,7 @@ from kd2m_jax.losses._solvers import (
 
 
 def transport(
-    cost: PairCost,
+    make_cost: Callable[[Groups], PairCost],
     x: Any,
     y: Any,
     groups: Groups,
@@ -43,17 +43,23 @@ def transport(
             "use solver='sinkhorn'"
         )
     n, m = groups.size_s.size, groups.size_t.size
+    if solver == "exact" and groups.apart is not None:
+        raise ValueError(
+            "solver='exact' pairs samples one to one, which labels_t does not allow: use "
+            "solver='sinkhorn' or 'ipot'"
+        )
     if solver == "exact" and n != m:
         raise ValueError(
             f"solver='exact' pairs samples one to one, so it needs m = n, got n = {n} and m = {m}: "
             "use solver='sinkhorn' or 'ipot'"
         )
     x, y, groups = varying_alike((x, y, groups))
+    cost = make_cost(groups)
     if debiased:
-        value, info = _divergence(cost.matrix, x, y, groups, epsilon)
+        value, info = _divergence(make_cost, x, y, groups, epsilon)
     elif solver == "exact":
         value, info = _paired(cost, groups, x, y)
-    elif solver == "auto" and n == m:
+    elif solver == "auto" and n == m and groups.apart is None:
         value, info = _by_platform(cost, groups, epsilon, x, y, has_aux)
     else:
         name = "sinkhorn" if solver == "auto" else solver
@@ -141,7 +147,7 @@ def _fixed(cost: jax.Array, groups: Groups) -> jax.Array:
 
 
 def _divergence(
-    pair_costs: Callable[[Any, Any], jax.Array], x: Any, y: Any, groups: Groups, epsilon: float
+    make_cost: Callable[[Groups], PairCost], x: Any, y: Any, groups: Groups, epsilon: float
 ) -> tuple[jax.Array, TransportInfo]:
     """``OT(x, y) - (OT(x, x) + OT(y, y)) / 2`` of entropic costs, one epsilon for all three.
 
@@ -149,16 +155,16 @@ def _divergence(
     self terms through both arguments. The measure that the entropy is relative to adds
     constants, which cancel.
     """
-    cost = _nonnegative(pair_costs(x, y))
+    cost = _nonnegative(make_cost(groups).matrix(x, y))
     scale = dual_start(_fixed(cost, groups), groups, epsilon).scale
     terms = (
-        (1.0, x, y, groups),
-        (-0.5, x, x, groups._replace(size_t=groups.size_s)),
-        (-0.5, y, y, groups._replace(size_s=groups.size_t)),
+        (1.0, x, y, groups, scale),
+        (-0.5, x, x, groups.of_students(), scale),
+        (-0.5, y, y, groups.of_teachers(), groups.at_t(scale)),
     )
     value, infos = jnp.zeros((), scale.dtype), []
-    for weight, p, q, members in terms:
-        cost = _nonnegative(pair_costs(p, q))
+    for weight, p, q, members, scale in terms:
+        cost = _nonnegative(make_cost(members).matrix(p, q))
         info, entropic = jax.lax.stop_gradient(
             sinkhorn_plan(_fixed(cost, members), members, epsilon, scale)
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import (
+    apart_labels,
     choice,
     clouds,
     filled,
@@ -19,7 +20,7 @@ from kd2m_jax.losses._checks import (
     loss,
     number,
 )
-from kd2m_jax.losses._groups import Groups, by_class, everyone
+from kd2m_jax.losses._groups import Groups, by_class, by_classes_apart, everyone
 from kd2m_jax.losses._numerics import HIGHEST, centred, in_unit, magnitude, safe_sqrt
 from kd2m_jax.losses._polar import polar_by_products as polar_by_products
 from kd2m_jax.losses._polar import polar_by_svd as polar_by_svd
@@ -84,6 +85,7 @@ def gaussian_cw2(
     labels: ArrayLike,
     *,
     covariance: str = "full",
+    labels_t: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""`gaussian_w2` within each class, averaged over the K classes present in the batch.
@@ -99,6 +101,7 @@ def gaussian_cw2(
       labels: ``[n]`` integers >= 0, their classes. A row of -1 is left out; other numbers make
         the loss NaN.
       covariance: "full" or "diagonal".
+      labels_t: as in `cw2`, where the teacher's rows are of other examples.
       where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
         were not there, on both sides, whatever it holds.
 
@@ -118,7 +121,7 @@ def gaussian_cw2(
     References:
       Fernandes Montesuma, KD2M, GSI 2025, CW2 (G).
     """
-    return _w2(*_by_class(z_s, z_t, labels, where), covariance)
+    return _w2(*_by_class(z_s, z_t, labels, labels_t, where), covariance)
 
 
 @loss
@@ -183,6 +186,7 @@ def gaussian_ckl(
     covariance: str = "full",
     shrinkage: float = 0.1,
     direction: str = "student_teacher",
+    labels_t: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""`gaussian_kl` within each class, averaged over the K classes present in the batch.
@@ -200,6 +204,7 @@ def gaussian_ckl(
       covariance: "full" or "diagonal".
       shrinkage: > 0, as in `gaussian_kl`.
       direction: "student_teacher" or "teacher_student".
+      labels_t: as in `cw2`, where the teacher's rows are of other examples.
       where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
         were not there, on both sides, whatever it holds.
 
@@ -219,7 +224,7 @@ def gaussian_ckl(
     References:
       Fernandes Montesuma, KD2M, GSI 2025: its KL (G), conditional as its CW2 is.
     """
-    return _kl(*_by_class(z_s, z_t, labels, where), covariance, shrinkage, direction)
+    return _kl(*_by_class(z_s, z_t, labels, labels_t, where), covariance, shrinkage, direction)
 
 
 def _together(z_s, z_t, where) -> tuple[jax.Array, jax.Array, Groups]:
@@ -229,7 +234,13 @@ def _together(z_s, z_t, where) -> tuple[jax.Array, jax.Array, Groups]:
     return z_s, z_t, everyone(len(z_s), len(z_t), z_s.dtype, keep)
 
 
-def _by_class(z_s, z_t, labels, where) -> tuple[jax.Array, jax.Array, Groups]:
+def _by_class(z_s, z_t, labels, labels_t, where) -> tuple[jax.Array, jax.Array, Groups]:
+    if labels_t is not None:
+        z_s, z_t = clouds(z_s, z_t)
+        labels, labels_t = apart_labels(labels, labels_t, where, len(z_s), len(z_t))
+        groups = by_classes_apart(labels, labels_t, z_s.dtype)
+        (z_s,), (z_t,) = filled(groups.keep, z_s), filled(groups.keep_t, z_t)
+        return z_s, z_t, groups
     z_s, z_t = clouds(z_s, z_t, paired=True)
     labels, keep = labelled_rows(labels, where, len(z_s))
     z_s, z_t = filled(keep, z_s, z_t)
@@ -239,21 +250,27 @@ def _by_class(z_s, z_t, labels, where) -> tuple[jax.Array, jax.Array, Groups]:
 def _w2(z_s: jax.Array, z_t: jax.Array, groups: Groups, covariance: str) -> jax.Array:
     choice("covariance", covariance, COVARIANCES)
     z_s, z_t = centred(z_s, z_t)
-    mean_s, mean_t = groups.mean(z_s), groups.mean(z_t)
-    means = groups.average(jnp.sum((mean_s - mean_t) ** 2, axis=1))
+    mean_s, mean_t = groups.mean_s(z_s), groups.mean_t(z_t)
+    means = groups.average(jnp.sum((mean_s - groups.mean_t_at_s(z_t)) ** 2, axis=1))
     if covariance == "diagonal":
         x, y = z_s - mean_s, z_t - mean_t
         unit = magnitude(x, y, axis=0)
-        std_s, std_t = (in_unit(_deviation, unit, z, groups) for z in (x, y))
+        std_s = in_unit(_deviation_s, unit, x, groups)
+        std_t = in_unit(_deviation_t, unit, y, groups)
         return means + groups.average(jnp.sum((std_s - std_t) ** 2, axis=1))
     x = (z_s - mean_s) * jnp.sqrt(groups.weight_s)[:, None]
     y = (z_t - mean_t) * jnp.sqrt(groups.weight_t)[:, None]
     return means + unmatched(x, y, groups)
 
 
-def _deviation(z: jax.Array, groups: Groups) -> jax.Array:
-    """Each feature's standard deviation in each sample's group."""
-    return safe_sqrt(groups.mean(z**2))
+def _deviation_s(z: jax.Array, groups: Groups) -> jax.Array:
+    """Each feature's standard deviation in each student's group, of the students."""
+    return safe_sqrt(groups.mean_s(z**2))
+
+
+def _deviation_t(z: jax.Array, groups: Groups) -> jax.Array:
+    """Return the same of the teachers."""
+    return safe_sqrt(groups.mean_t_at_s(z**2))
 
 
 def _kl(
@@ -267,16 +284,17 @@ def _kl(
     choice("covariance", covariance, COVARIANCES)
     choice("direction", direction, DIRECTIONS)
     number("shrinkage", shrinkage)
-    z_s, z_t, ridge = _unit_scale(z_s, z_t, shrinkage, groups.keep)
+    z_s, z_t, ridge = _unit_scale(z_s, z_t, shrinkage, groups)
     if direction == "teacher_student":
-        groups = groups._replace(size_s=groups.size_t, size_t=groups.size_s)
+        groups = groups.swapped()
         z_s, z_t = z_t, z_s
-    mean_p, mean_q = groups.mean(z_s), groups.mean(z_t)
+    mean_p, mean_q = groups.mean_s(z_s), groups.mean_t_at_s(z_t)
     # The second moment of P about Q's mean holds both the trace and the shift of the means.
-    p, q, about_q = map(groups.kept, (z_s - mean_p, z_t - mean_q, z_s - mean_q))
+    p, about_q = groups.kept_s(z_s - mean_p), groups.kept_s(z_s - mean_q)
+    q = groups.kept_t(z_t - groups.mean_t(z_t))
     if covariance == "diagonal":
-        var_p, var_q = groups.mean(p**2) + ridge, groups.mean(q**2) + ridge
-        moment = groups.mean(about_q**2) + ridge
+        var_p, var_q = groups.mean_s(p**2) + ridge, groups.mean_t_at_s(q**2) + ridge
+        moment = groups.mean_s(about_q**2) + ridge
         terms = moment / var_q - 1 + jnp.log(var_q) - jnp.log(var_p)
         return groups.average(jnp.sum(terms, axis=1)) / 2
     size_p, size_q = (ridge * size[:, None] for size in (groups.size_s, groups.size_t))
@@ -287,7 +305,7 @@ def _kl(
 
 
 def _unit_scale(
-    z_s: jax.Array, z_t: jax.Array, shrinkage: float, keep: jax.Array | None
+    z_s: jax.Array, z_t: jax.Array, shrinkage: float, groups: Groups
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Both clouds centred, in a unit near their size, and the s added to every covariance there.
 
@@ -299,13 +317,19 @@ def _unit_scale(
     # Where all points are equal, what is left is rounding, or 0.
     unit = magnitude(x, y, eps.eps * z_s, eps.eps * z_t)
     x, y = x / unit, y / unit
-    s = shrinkage * (jnp.mean(jnp.var(x, axis=0)) + jnp.mean(jnp.var(y, axis=0))) / 2
-    if keep is not None:  # rows at the mean add nothing to the squares
-        s = s * len(keep) / jnp.maximum(jnp.sum(keep), 1)
+    s = shrinkage * (_variance(x, groups.keep) + _variance(y, groups.keep_t)) / 2
     # There s is 0 or the square of a rounding error. Stay above the latter.
     second_moment = (jnp.mean((z_s / unit) ** 2) + jnp.mean((z_t / unit) ** 2)) / 2
     s = jnp.maximum(s, eps.eps**2 * second_moment + jnp.sqrt(eps.tiny))
     return x, y, jax.lax.stop_gradient(s)
+
+
+def _variance(z: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """Return the mean variance of a feature, over the rows that count; the others are filled."""
+    variance = jnp.mean(jnp.var(z, axis=0))
+    if keep is None:
+        return variance
+    return variance * len(keep) / jnp.maximum(jnp.sum(keep), 1)  # rows at the mean add nothing
 
 
 def _kl_over_features(x: jax.Array, y: jax.Array, shift: jax.Array) -> jax.Array:
@@ -346,8 +370,8 @@ def _kl_over_samples(x: jax.Array, x_about_q: jax.Array, y: jax.Array, groups: G
     not mix, so one masked Cholesky factor holds them all.
     """
     gram_x, gram_y = (
-        jnp.eye(z.shape[0], dtype=z.dtype) + groups.within(jnp.matmul(z, z.T, precision=HIGHEST))
-        for z in (x, y)
+        jnp.eye(z.shape[0], dtype=z.dtype) + side.within(jnp.matmul(z, z.T, precision=HIGHEST))
+        for z, side in ((x, groups.of_students()), (y, groups.of_teachers()))
     )
     chol_x, chol_y = jnp.linalg.cholesky(gram_x), jnp.linalg.cholesky(gram_y)
     log_dets = 2 * (jnp.sum(jnp.log(jnp.diag(chol_y))) - jnp.sum(jnp.log(jnp.diag(chol_x))))

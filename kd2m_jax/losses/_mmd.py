@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import (
+    apart_labels,
     choice,
     clouds,
     emptied,
@@ -18,7 +19,7 @@ from kd2m_jax.losses._checks import (
     loss,
     number,
 )
-from kd2m_jax.losses._groups import Groups, by_class, everyone
+from kd2m_jax.losses._groups import Groups, by_class, by_classes_apart, everyone
 from kd2m_jax.losses._kernels import (
     distance_pairs,
     exact_squares,
@@ -115,6 +116,7 @@ def cmmd(
     bandwidth: str | float = "mean",
     degree: int = 2,
     offset: float = 1.0,
+    labels_t: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""`mmd` within each class, averaged over the K classes present in the batch.
@@ -133,6 +135,7 @@ def cmmd(
       bandwidth: as in `mmd`.
       degree: as in `mmd`.
       offset: as in `mmd`.
+      labels_t: as in `cw2`, where the teacher's rows are of other examples.
       where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
         were not there, on both sides, whatever it holds.
 
@@ -153,6 +156,12 @@ def cmmd(
     References:
       `mmd`, made conditional as KD2M's CW2 is.
     """
+    if labels_t is not None:
+        z_s, z_t = clouds(z_s, z_t)
+        labels, labels_t = apart_labels(labels, labels_t, where, len(z_s), len(z_t))
+        groups = by_classes_apart(labels, labels_t, z_s.dtype)
+        (z_s,), (z_t,) = filled(groups.keep, z_s), filled(groups.keep_t, z_t)
+        return mmd_of(z_s, z_t, groups, kernel, bandwidth, degree, offset, False)
     z_s, z_t = clouds(z_s, z_t, paired=True)
     labels, keep = labelled_rows(labels, where, len(z_s))
     z_s, z_t = filled(keep, z_s, z_t)
@@ -184,10 +193,10 @@ def mmd_of(
         return _polynomial(z_s, z_t, groups, degree, offset, paired)
     unit = _unit(z_s, z_t, groups, kernel, bandwidth)
     # The others do not see a translation, each class by its own: a tight one keeps its digits.
-    centre = jax.lax.stop_gradient((groups.mean(z_s) + groups.mean(z_t)) / 2)
-    z_s, z_t = z_s - centre, z_t - centre
+    centre = jax.lax.stop_gradient((groups.mean_s(z_s) + groups.mean_t_at_s(z_t)) / 2)
+    z_s, z_t = z_s - centre, z_t - groups.at_t(centre)
     if kernel == "linear":  # the means say all
-        gap = groups.mean(z_s) - groups.mean(z_t)
+        gap = groups.mean_s(z_s) - groups.mean_t_at_s(z_t)
         return groups.average(jnp.sum(gap**2, axis=1))
     if kernel == "energy":
         length = functools.partial(_by_distance, kernel="energy", paired=paired)
@@ -205,18 +214,17 @@ def _unit(
     if kernel != "rbf":
         return size
     if isinstance(bandwidth, str):
-        sigma2 = _bandwidth2(z_s / size, z_t / size, groups.keep, bandwidth)
+        sigma2 = _bandwidth2(z_s / size, z_t / size, groups, bandwidth)
         return jax.lax.stop_gradient(size * jnp.sqrt(2 * sigma2))
     return jnp.asarray(2**0.5 * bandwidth, z_s.dtype)
 
 
-def _bandwidth2(
-    z_s: jax.Array, z_t: jax.Array, keep: jax.Array | None, bandwidth: str
-) -> jax.Array:
+def _bandwidth2(z_s: jax.Array, z_t: jax.Array, groups: Groups, bandwidth: str) -> jax.Array:
     """sigma^2 of the Gaussian kernel."""
     z = jnp.concatenate([z_s, z_t])
-    if keep is not None:
-        sigma2 = _kept_bandwidth2(z, jnp.concatenate([keep, keep]), bandwidth)
+    if groups.keep is not None and groups.keep_t is not None:
+        keep = jnp.concatenate([groups.keep, groups.keep_t])
+        sigma2 = _kept_bandwidth2(z, keep, bandwidth)
         return _above_rounding(sigma2, z)
     if bandwidth == "median":
         i, j = jnp.triu_indices(z.shape[0], 1)
@@ -250,11 +258,18 @@ def _pair_weights(groups: Groups) -> jax.Array:
     a = groups.weight_s
     if groups.same is None and groups.keep is None:
         return a[0] ** 2
-    return groups.count * groups.within(a[:, None] * a[None, :])
+    return groups.count * groups.within(a[:, None] * groups.weight_t[None, :])
 
 
-def _blocks(k_ss: jax.Array, k_tt: jax.Array, k_st: jax.Array) -> jax.Array:
-    """Return the three means of one group, of rows that have nothing to do with each other."""
+def _blocks(groups: Groups, k_ss: jax.Array, k_tt: jax.Array, k_st: jax.Array) -> jax.Array:
+    """Return the three means, of rows that have nothing to do with each other."""
+    if groups.same is not None:
+        sides = groups.of_students(), groups.of_teachers(), groups
+        sums = [
+            jnp.sum(_pair_weights(side) * k)
+            for side, k in zip(sides, (k_ss, k_tt, k_st), strict=True)
+        ]
+        return sums[0] + sums[1] - 2 * sums[2]
     if k_ss.shape == k_tt.shape:  # what cancels does so before it is summed
         return jnp.mean((k_ss - k_st) + (k_tt - k_st.T))
     return jnp.mean(k_ss) + jnp.mean(k_tt) - 2 * jnp.mean(k_st)
@@ -273,7 +288,7 @@ def _by_distance(
         # Less 1, so that close points keep their digits.
         return jnp.expm1(-squares) if kernel == "rbf" else -safe_sqrt(squares)
 
-    return _blocks(k(x, x), k(y, y), k(x, y))
+    return _blocks(groups, k(x, x), k(y, y), k(x, y))
 
 
 def _polynomial(
@@ -300,8 +315,9 @@ def _polynomial(
             jnp.zeros_like(e),
         )
 
-    gap = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
-    return degree * c ** (degree - 1) * gap + _blocks(rest(x, x), rest(y, y), rest(x, y))
+    gap = groups.average(jnp.sum((groups.mean_s(x) - groups.mean_t_at_s(y)) ** 2, axis=1))
+    blocks = _blocks(groups, rest(x, x), rest(y, y), rest(x, y))
+    return degree * c ** (degree - 1) * gap + blocks
 
 
 def _exact_squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -146,12 +146,12 @@ def _scaled(x: jax.Array, y: jax.Array, groups: Groups):
     k = groups.within(_dot(x, y.T))
     # Classes may differ in scale by orders of magnitude: bring each block's norm to at most 1,
     # so that one tolerance tells rounding from signal in all of them.
-    norms = [groups.total(jnp.sum(z**2, axis=1)) for z in (x, y)]
-    scale = jnp.sqrt(norms[0]) * jnp.sqrt(norms[1])
+    norm_x, norm_y = (jnp.sum(z**2, axis=1) for z in (x, y))
+    scale = jnp.sqrt(groups.total_s(norm_x)) * jnp.sqrt(groups.total_t_at_s(norm_y))
     scale = jnp.where(scale > 0, scale, 1)
     # Then close to 1: where it is n times smaller, what the tolerance cuts off is a part of the
     # value (0.5% at n = 1,024, d = 2,048). Below 1 / sqrt(n) K may be nothing but rounding.
-    size = jnp.sqrt(groups.total(jnp.sum((k / scale[:, None]) ** 2, axis=1)))
+    size = jnp.sqrt(groups.total_s(jnp.sum((k / scale[:, None]) ** 2, axis=1)))
     return bases, k, scale * jnp.maximum(size, len(k) ** -0.5)
 
 

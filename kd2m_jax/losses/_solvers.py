@@ -100,13 +100,15 @@ def dual_start(cost: jax.Array, groups: Groups, epsilon: float) -> Dual:
     )
     # Groups do not interact, so each has its own scale: a tight class would be blurred by the
     # others'. Their weights 1/K leave the mean cost within a group.
-    weight = groups.total(a)
-    bounds = [(groups.total(a * f) + groups.total(b * g)) / weight for f, g in duals]
-    f, g = (jnp.where(bounds[0] > bounds[1], x, y) for x, y in zip(*duals, strict=True))
+    weight = groups.total_s(a)
+    bounds = [(groups.total_s(a * f) + groups.total_t_at_s(b * g)) / weight for f, g in duals]
+    first = bounds[0] > bounds[1]
+    first_t = first if groups.apart is None else groups.at_t(first.astype(a.dtype)) > 0.5
+    f, g = (jnp.where(better, x, y) for better, x, y in zip((first, first_t), *duals, strict=True))
     pairs = groups.within(a[:, None] * b[None, :])
     # Of fourth roots: of the costs themselves one sample far out takes all of the mean.
     roots = jnp.sum(jnp.where(pairs > 0, pairs * jnp.sqrt(jnp.sqrt(cost)), 0), axis=1)
-    typical = (groups.total(roots) / weight**2) ** 4
+    typical = (groups.total_s(roots) / weight**2) ** 4
     # Identical clouds bound the cost by zero, and identical points make even all costs zero.
     scale = jnp.maximum(jnp.maximum(*bounds), 1e-3 * typical)
     return Dual(f, g, jnp.maximum(scale, jnp.finfo(cost.dtype).tiny / min(epsilon, 1)))
@@ -170,7 +172,8 @@ def sinkhorn_plan(
         return g, jnp.array(True), jnp.zeros((), jnp.int32)
 
     # Where a student is close to its teacher the dual solution is optimal: 20 iterations saved.
-    f, g = dual.f / scale, dual.g / scale
+    scale_t = groups.at_t(scale)
+    f, g = dual.f / scale, dual.g / scale_t
     plan = a[:, None] * jax.nn.softmax((g[None, :] - cost) / strength, axis=1)
     error = jnp.sum(jnp.abs(jnp.sum(plan, axis=0) - b))
 
@@ -183,7 +186,7 @@ def sinkhorn_plan(
     coupling = groups.weight_s[:, None] * jax.nn.softmax(kernel, axis=1)
     f = strength * (jnp.log(a) - logsumexp(kernel, axis=1))
     # With the mass at one, f and g are feasible duals: their value is second order in their error.
-    entropic = jnp.sum(scale * groups.weight_s * f) + jnp.sum(scale * groups.weight_t * g)
+    entropic = jnp.sum(scale * groups.weight_s * f) + jnp.sum(scale_t * groups.weight_t * g)
     return TransportInfo(coupling, converged, n_iters), entropic
 
 
@@ -257,7 +260,7 @@ def ipot_plan(cost: jax.Array, groups: Groups, epsilon: float) -> TransportInfo:
     # Reduced costs, zero where a pair is best: what is multiplied into the plan again and again
     # stays small where the mass is, and float32 keeps its digits.
     cost = (cost - dual.f[:, None] - dual.g[None, :]) / dual.scale[:, None]
-    offset = jnp.sum(a * dual.f / dual.scale) + jnp.sum(b * dual.g / dual.scale)
+    offset = jnp.sum(a * dual.f / dual.scale) + jnp.sum(b * dual.g / groups.at_t(dual.scale))
 
     def unfinished(state):
         _, _, _, error, gap, _, n_iters = state

@@ -5,12 +5,15 @@ in the cost C and in who may be matched with whom (`Groups`). The coupling is a 
 the gradient: no differentiation through solver iterations (envelope theorem).
 """
 
+import functools
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import (
+    apart_labels,
     choice,
     clouds,
     filled,
@@ -23,7 +26,7 @@ from kd2m_jax.losses._checks import (
 )
 from kd2m_jax.losses._costs import LABEL_COSTS, between_features, between_features_and_logits
 from kd2m_jax.losses._couplings import transport
-from kd2m_jax.losses._groups import by_class, everyone
+from kd2m_jax.losses._groups import by_class, by_classes_apart, everyone
 from kd2m_jax.losses._solvers import DEFAULT_SOLVER, TransportInfo
 
 WithInfo = tuple[jax.Array, TransportInfo]
@@ -36,6 +39,10 @@ class _Options(TypedDict, total=False):
     epsilon: float
     debiased: bool
     where: ArrayLike | None
+
+
+class _ConditionalOptions(_Options, total=False):
+    labels_t: ArrayLike | None
 
 
 class _JointOptions(_Options, total=False):
@@ -144,8 +151,7 @@ def w2(
     keep = kept_rows(where, len(z_s), len(z_t))
     z_s, z_t = filled(keep, z_s, z_t)
     groups = everyone(len(z_s), len(z_t), z_s.dtype, keep).separated()
-    cost = between_features(groups)
-    return transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
+    return transport(between_features, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
 
 @overload
@@ -155,7 +161,7 @@ def cw2(
     labels: ArrayLike,
     *,
     has_aux: Literal[False] = False,
-    **options: Unpack[_Options],
+    **options: Unpack[_ConditionalOptions],
 ) -> jax.Array: ...
 @overload
 def cw2(
@@ -164,7 +170,7 @@ def cw2(
     labels: ArrayLike,
     *,
     has_aux: Literal[True],
-    **options: Unpack[_Options],
+    **options: Unpack[_ConditionalOptions],
 ) -> WithInfo: ...
 @loss
 def cw2(
@@ -176,6 +182,7 @@ def cw2(
     epsilon: float = 0.01,
     debiased: bool = False,
     has_aux: bool = False,
+    labels_t: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> jax.Array | WithInfo:
     r"""Class-conditional squared 2-Wasserstein distance: W2^2 within each class, averaged.
@@ -199,14 +206,16 @@ def cw2(
       epsilon: > 0, as in `w2`, over the pairs within a class.
       debiased: whether to return the mean of the classes' Sinkhorn divergences, as in `w2`.
       has_aux: whether to return ``(value, TransportInfo)`` as in `w2`.
+      labels_t: ``[m]`` integers, the classes of the teacher's rows, where these are of other
+        examples: m may differ from n. Classes that are on one side alone are left out.
       where: as in `w2`.
 
     Returns:
-      Scalar, a *squared* distance, float32 (float64 for float64 features).
+      Scalar, a *squared* distance, float32 (float64 for float64 features); 0 without any class.
 
     Raises:
       ValueError: shapes that do not match, an unknown solver, epsilon <= 0, debiased with
-        another solver than Sinkhorn.
+        another solver than Sinkhorn, labels_t with the exact solver or with where.
       TypeError: labels that are not integers, features that are not floating point.
 
     Example:
@@ -219,12 +228,29 @@ def cw2(
     References:
       Fernandes Montesuma, KD2M, GSI 2025, CW2 (E).
     """
+    if labels_t is not None:
+        value, info = _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased)
+        return (value, info) if has_aux else value
     z_s, z_t = clouds(z_s, z_t, paired=True)
     labels, keep = labelled_rows(labels, where, len(z_s))
     z_s, z_t = filled(keep, z_s, z_t)
     groups = by_class(labels, keep, z_s.dtype)
-    cost = between_features(groups)
-    return transport(cost, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
+    return transport(between_features, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
+
+
+def _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased) -> WithInfo:
+    """`cw2` where each side has its own labels."""
+    z_s, z_t = clouds(z_s, z_t)
+    labels, labels_t = apart_labels(labels, labels_t, where, len(z_s), len(z_t))
+    n, m = len(z_s), len(z_t)
+    # One more row on either side that does not count: where others do not, they have a partner.
+    z_s, z_t = (jnp.pad(z, ((0, 1), (0, 0))) for z in (z_s, z_t))
+    labels, labels_t = (jnp.pad(one, (0, 1), constant_values=-1) for one in (labels, labels_t))
+    groups = by_classes_apart(labels, labels_t, z_s.dtype)
+    (z_s,), (z_t,) = filled(groups.keep, z_s), filled(groups.keep_t, z_t)
+    found = transport(between_features, z_s, z_t, groups, solver, epsilon, debiased, True)
+    value, info = found  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
+    return value, info._replace(coupling=info.coupling[:n, :m])
 
 
 @overload
@@ -328,6 +354,6 @@ def jw2(
     keep = kept_rows(where, len(z_s), len(z_t))
     z_s, z_t, logits_s, logits_t = filled(keep, z_s, z_t, logits_s, logits_t)
     groups = everyone(len(z_s), len(z_t), z_s.dtype, keep).separated()
-    cost = between_features_and_logits(groups, beta, label_cost)
+    cost = functools.partial(between_features_and_logits, beta=beta, label_cost=label_cost)
     x, y = (z_s, logits_s), (z_t, logits_t)
     return transport(cost, x, y, groups, solver, epsilon, debiased, has_aux)
