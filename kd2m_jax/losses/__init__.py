@@ -29,6 +29,8 @@ from kd2m_jax.losses._pointwise import l2 as l2
 from kd2m_jax.losses._published import published as published
 from kd2m_jax.losses._sliced import sw2 as sw2
 from kd2m_jax.losses._solvers import TransportInfo as TransportInfo
+from kd2m_jax.losses._statistics import ClassStatistics as ClassStatistics
+from kd2m_jax.losses._statistics import class_statistics as class_statistics
 from kd2m_jax.losses._transport import cw2 as cw2
 from kd2m_jax.losses._transport import jw2 as jw2
 from kd2m_jax.losses._transport import w2 as w2
