@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from kd2m_jax.errors import CheckpointError as CheckpointError
     from kd2m_jax.errors import NonFiniteLoss as NonFiniteLoss
     from kd2m_jax.errors import Stopped as Stopped
+    from kd2m_jax.losses import ClassStatistics as ClassStatistics
+    from kd2m_jax.losses import class_statistics as class_statistics
+    from kd2m_jax.teachers import Bank as Bank
     from kd2m_jax.teachers import ema_teacher as ema_teacher
     from kd2m_jax.teachers import ensemble as ensemble
     from kd2m_jax.training import FitResult as FitResult
@@ -46,6 +49,9 @@ _HOMES = {
     "FitResult": "training",
     "NonFiniteLoss": "errors",
     "Stopped": "errors",
+    "Bank": "teachers",
+    "ClassStatistics": "losses",
+    "class_statistics": "losses",
     "ema_teacher": "teachers",
     "ensemble": "teachers",
     "fit": "training",

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from kd2m_jax.adapters import as_network as as_network
     from kd2m_jax.losses._checks import did_you_mean as did_you_mean
     from kd2m_jax.losses._metrics import Unsaid as Unsaid
-    from kd2m_jax.losses._metrics import spelled as spelled
-    from kd2m_jax.losses._metrics import terms as terms
     from kd2m_jax.losses._mmd import KERNELS as KERNELS
     from kd2m_jax.losses._polar import by_products as by_products
     from kd2m_jax.losses._polar import by_svd as by_svd
     from kd2m_jax.losses._polar import tolerance as tolerance
     from kd2m_jax.losses._solvers import DEFAULT_SOLVER as DEFAULT_SOLVER
+    from kd2m_jax.losses._spelling import spelled as spelled
+    from kd2m_jax.losses._spelling import terms as terms
     from kd2m_jax.models._torch_weights import local_file as local_file
     from kd2m_jax.training._auto_coef import auto_ratio as auto_ratio
     from kd2m_jax.training._batches import Batches as Batches

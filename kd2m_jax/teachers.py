@@ -1,15 +1,18 @@
-"""Teachers that are more than one trained network: several at once, and the student's own past."""
+"""Teachers that are no network of the moment: several, the student's own past, what is left."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Model, Network, Tree, as_network
+from kd2m_jax.losses import ClassStatistics
+from kd2m_jax.losses._checks import class_labels, matrix
 
 
 def ensemble(models: Sequence[Model], *, weights: Sequence[float] | None = None) -> Network:
@@ -84,6 +87,48 @@ class _Ensemble:
         return Outputs(features, logits), tuple(states)
 
 
+class Bank:
+    """A teacher that is gone: features that it computed for other images than the student sees.
+
+    Only distances between distributions can use one. Each step draws rows of it afresh, with
+    replacement, from the seed and the step alone: the same on every device, and after a resumption.
+
+    Args:
+      features: ``[m, d]`` float.
+      labels: ``[m]`` integers, their classes, for a conditional metric; -1 for none.
+      logits: ``[m, k]`` float, for a metric that takes predictions (``jw2``).
+      rows: how many a step draws; None for as many as the batch has, which lets `losses.w2` be
+        exact.
+
+    Raises:
+      ValueError: rows below 1, or arrays that do not have a row for each feature.
+      TypeError: features that are not floating point, labels that are not integers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> bank = Bank(jnp.ones((100, 8)), labels=jnp.arange(100) % 3, rows=None)
+      >>> bank.outputs.features.shape, bank.rows
+      ((100, 8), None)
+    """
+
+    def __init__(
+        self,
+        features: ArrayLike,
+        *,
+        labels: ArrayLike | None = None,
+        logits: ArrayLike | None = None,
+        rows: int | None = 256,
+    ):
+        if rows is not None and (not isinstance(rows, int | np.integer) or rows < 1):
+            raise ValueError(f"rows must be at least 1, or None, got {rows!r}")
+        z = matrix("the bank's features", features)
+        self.rows = None if rows is None else int(rows)
+        self.outputs = Outputs(z, None if logits is None else matrix("the bank's logits", logits))
+        self.labels = None if labels is None else class_labels(labels, len(z))
+        if logits is not None and len(self.outputs.logits) != len(z):  # pyright: ignore
+            raise ValueError(f"the bank has {len(z)} features and {len(np.asarray(logits))} logits")
+
+
 @dataclasses.dataclass(frozen=True)
 class EmaTeacher:
     """The student's own moving average as its teacher: see `ema_teacher`.
@@ -121,3 +166,32 @@ def ema_teacher(decay: float = 0.999) -> EmaTeacher:
     if not isinstance(decay, int | float) or not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay!r}")
     return EmaTeacher(float(decay))
+
+
+class Memory(NamedTuple):
+    """What a step needs of a `Bank` or of `ClassStatistics`, on the devices: a pytree.
+
+    Attributes:
+      outputs: the bank's, or None.
+      labels: the bank's, or None.
+      statistics: or None.
+    """
+
+    outputs: Outputs | None
+    labels: jax.Array | None
+    statistics: ClassStatistics | None
+
+    @classmethod
+    def of(cls, teacher: Bank | ClassStatistics) -> "Memory":
+        """Take what a caller gave."""
+        if isinstance(teacher, Bank):
+            return cls(teacher.outputs, teacher.labels, None)
+        return cls(None, None, teacher)
+
+    def draw(self, key: jax.Array, n: int) -> tuple[Outputs, jax.Array | None]:
+        """Return n rows and their classes."""
+        if self.statistics is not None:
+            features, labels = self.statistics.draw(key, n)
+            return Outputs(features), labels
+        rows = jax.random.randint(key, (n,), 0, len(self.outputs.features))  # pyright: ignore
+        return jax.tree.map(lambda a: a[rows], (self.outputs, self.labels))

@@ -54,6 +54,7 @@ def space():
     return names | {
         "fit": few_steps,
         "np": np,
+        "losses": losses,
         "x": x,
         "y": y,
         "x_few": x[:16],
@@ -108,6 +109,24 @@ def test_few_labels():
     found = json.loads((DOCS / "results/few_labels.json").read_text())
     for name in ("alone", "with a transfer set"):
         accuracies = 100 * np.array(found[name])
+        assert f"{accuracies.mean():.1f}% ± {accuracies.std(ddof=1):.1f}" in PAGE
+
+
+def test_no_pairs_at_all():
+    """On clouds instead of MNIST: the lines are those of the study."""
+    x, _, y = draw("clustered", 256, 20, classes=3)
+    x, y = x.astype(np.float32), y.astype(np.int32)
+    fit = lambda *given, **o: kd2m_jax.fit(*given, **o | {"epochs": 1})  # noqa: E731
+    space = {name: getattr(kd2m_jax, name) for name in ("outputs", "Bank", "class_statistics")}
+    network = models.MLP((16, 8), 3, in_features=20, rngs=nnx.Rngs(0))
+    space |= {"x": x, "y": y, "turned": x[:, ::-1], "seed": 0, "network": network, "fit": fit}
+    exec(BLOCKS["No pairs at all"], space)
+    study = (DOCS / "results/shifted_domain.py").read_text()
+    for line in BLOCKS["No pairs at all"].splitlines():
+        assert line in study
+    found = json.loads((DOCS / "results/shifted_domain.json").read_text())
+    for values in found.values():
+        accuracies = 100 * np.array(values)
         assert f"{accuracies.mean():.1f}% ± {accuracies.std(ddof=1):.1f}" in PAGE
 
 

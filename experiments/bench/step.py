@@ -10,7 +10,16 @@ from flax import nnx
 from experiments.bench import answers, measure
 from experiments.data.augment import preprocess
 from experiments.data.load import load
-from kd2m_jax import fit, from_nnx, init_state, losses, make_train_step, models, projected
+from kd2m_jax import (
+    Outputs,
+    fit,
+    from_nnx,
+    init_state,
+    losses,
+    make_train_step,
+    models,
+    projected,
+)
 
 # Teacher, student, and the images: a shape means random images and untrained networks.
 PAIRS = (("resnet8", "mlp-32-64", "digits"), ("resnet20", "resnet8", (32, 32, 3)))
@@ -133,9 +142,10 @@ class _Look(losses.Metric):
         """Return what it takes beyond features: nothing that any network may lack."""
         return ()
 
-    def __call__(self, student, teacher, labels=None, *, where=None, key=None):
+    def __call__(self, student, teacher, labels=None, *, labels_t=None, where=None, key=None):
         """Return the mean of the teacher's features and logits."""
-        del student, labels, where, key
+        del student, labels, labels_t, where, key
+        assert isinstance(teacher, Outputs)
         return jnp.mean(teacher.features) + jnp.mean(jnp.asarray(teacher.logits))
 
 

@@ -40,6 +40,7 @@ class MetricInfo(NamedTuple):
       projector: what a projector brings to the teacher's size first, in `experiments`: "features"
         where they differ in size, of a loss that compares features; "maps", the last of them,
         always, where that is part of the method; None for a loss that compares unequal features.
+      paired: whether row i of both sides must be the same example.
 
     Example:
       >>> info = METRICS["nst"]
@@ -55,6 +56,7 @@ class MetricInfo(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012  (read only)
     published: Published | None = None
     projector: str | None = "features"
+    paired: bool = False
 
     @property
     def description(self) -> str:
@@ -115,12 +117,14 @@ METRICS: dict[str, MetricInfo] = {
         "T^2 KL(softmax(h_T / T) || softmax(h_S / T))",
         "Hinton et al., arXiv 1503.02531",
         published=Published(0.9, task_coef=0.1),  # with T = 4, the common setting
+        paired=True,
     ),
     "nst": MetricInfo(
         nst,
         "mean over images of mmd between channels",
         "Huang & Wang, arXiv 1707.01219",
         published=Published(25.0),
+        paired=True,
     ),
     # For resnet32x4 -> resnet8x4 on CIFAR-100; T, gamma and g are the functions' defaults.
     "wkd-l": MetricInfo(
@@ -128,6 +132,7 @@ METRICS: dict[str, MetricInfo] = {
         "<P, C> over the other classes, plus c L_t = -c p_T(y) log p_S(y)",
         WKD,
         published=Published(600.0, decay_from=150 / 240),
+        paired=True,
     ),
     "wkd-f": MetricInfo(
         wkd_f,
@@ -135,6 +140,9 @@ METRICS: dict[str, MetricInfo] = {
         WKD,
         published=Published(0.08, decay_from=150 / 240),
         projector="maps",
+        paired=True,
     ),
-    "l2": MetricInfo(l2, "1/n sum_i |z_i^S - z_i^T|^2", "FitNets, Romero et al., ICLR 2015"),
+    "l2": MetricInfo(
+        l2, "1/n sum_i |z_i^S - z_i^T|^2", "FitNets, Romero et al., ICLR 2015", paired=True
+    ),
 }

@@ -39,6 +39,9 @@ def gaussian_w2(
     to its own; a feature at 1e-8 counts as unmatched. Where the pairing is taken in float32 (TPUs)
     the borders are 1e-2 and 1e-3. First and second derivatives are available, third ones raise.
 
+    Between other examples (a bank, statistics) it does not know of classes, as `w2` does not: not
+    for a student with a fresh head, nor where the classes' shares differ. `gaussian_cw2` does.
+
     Cost: for d < n time O(n d^2), memory O(n d); else O(n^2 d) and O(n d). Diagonal: O(n d).
 
     Args:

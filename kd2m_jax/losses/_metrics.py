@@ -1,10 +1,7 @@
 """Metrics: a loss by its name and options, and sums of them."""
 
-import ast
 import dataclasses
 import inspect
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +14,8 @@ from jax.typing import ArrayLike
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._catalogue import METRICS
 from kd2m_jax.losses._checks import PER_CALL, TRACED, did_you_mean, number, shown, static
+from kd2m_jax.losses._spelling import as_written, option_of, spelled, terms
+from kd2m_jax.losses._statistics import ClassStatistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Metric:
 
     Made by `get_metric`. Calling it gives a scalar; ``labels`` are ``[n]`` integers (-1: none) and
     ``key`` a PRNG key, both needed by some metrics only. ``where`` are the rows ``[n]`` (bool) that
-    count.
+    count, ``labels_t`` the classes ``[m]`` of the teacher's rows where they are other examples.
 
     Attributes:
       name: its name in METRICS, with dashes.
@@ -55,7 +54,7 @@ class Metric:
         own = METRICS[self.name].options
         left_out = _Array | Unsaid
         chosen = [(k, v) for k, v in self.options if k not in own and not isinstance(v, left_out)]
-        return ":".join([self.label, *(f"{k}={_written(v)}" for k, v in chosen)])
+        return ":".join([self.label, *(f"{k}={as_written(v)}" for k, v in chosen)])
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -71,18 +70,32 @@ class Metric:
         without = info.projector == "features" and not (compares and self.on == "features")
         return None if without else info.projector
 
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether a teacher of which only `ClassStatistics` are left will do."""
+        return self.on == "features" and self.name.startswith("gaussian-")
+
     def __call__(
         self,
         student: Outputs,
-        teacher: Outputs,
+        teacher: Outputs | ClassStatistics,
         labels: ArrayLike | None = None,
         *,
+        labels_t: ArrayLike | None = None,
         where: ArrayLike | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Return the distance between the two networks' outputs: a scalar."""
         function = METRICS[self.name].function
-        student, teacher = as_outputs("student", student), as_outputs("teacher", teacher)
+        student = as_outputs("student", student)
+        if isinstance(teacher, ClassStatistics):
+            if not self.takes_statistics:
+                raise ValueError(
+                    f"metric {self.label!r} compares samples, and the teacher is class statistics: "
+                    "draw rows from them (ClassStatistics.draw), or use a Gaussian metric"
+                )
+            teacher = Outputs(teacher)  # pyright: ignore[reportArgumentType]
+        teacher = as_outputs("teacher", teacher)
         available = {
             "z_s": getattr(student, self.on),
             "z_t": getattr(teacher, self.on),
@@ -101,6 +114,9 @@ class Metric:
         options = {k: v.array if isinstance(v, _Array) else v for k, v in self.options}
         if where is not None:
             options["where"] = where
+        # Losses without classes do not ask of which the teacher's rows are.
+        if labels_t is not None and "labels_t" in inspect.signature(function).parameters:
+            options["labels_t"] = labels_t
         return function(**given, **options)
 
     def _called(self, parameter: str) -> str:
@@ -160,9 +176,10 @@ class MetricSum:
     def parts(
         self,
         student: Outputs,
-        teacher: Outputs,
+        teacher: Outputs | ClassStatistics,
         labels: ArrayLike | None = None,
         *,
+        labels_t: ArrayLike | None = None,
         where: ArrayLike | None = None,
         key: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
@@ -171,20 +188,25 @@ class MetricSum:
         for i, metric in enumerate(self.metrics):
             name = metric.written if metric.written not in values else f"{metric.written}-{i + 1}"
             own_key = None if key is None else jax.random.fold_in(key, i)
-            values[name] = metric(student, teacher, labels, where=where, key=own_key)
+            values[name] = metric(
+                student, teacher, labels, labels_t=labels_t, where=where, key=own_key
+            )
         return values
 
     def __call__(
         self,
         student: Outputs,
-        teacher: Outputs,
+        teacher: Outputs | ClassStatistics,
         labels: ArrayLike | None = None,
         *,
+        labels_t: ArrayLike | None = None,
         where: ArrayLike | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Return the weighted sum: a scalar."""
-        return self.weigh(self.parts(student, teacher, labels, where=where, key=key))
+        return self.weigh(
+            self.parts(student, teacher, labels, labels_t=labels_t, where=where, key=key)
+        )
 
     def weigh(self, parts: dict[str, jax.Array]) -> jax.Array:
         """Return the sum of what `parts` returned."""
@@ -261,8 +283,8 @@ def get_metric(name: str, *, on: str = "features", **options: object) -> "Metric
         ``weights``, one a term.
 
     Returns:
-      A `Metric`: ``(student: Outputs, teacher: Outputs, labels, *, where=None, key=None) ->
-      scalar``.
+      A `Metric`: ``(student: Outputs, teacher: Outputs | ClassStatistics, labels, *,
+      labels_t=None, where=None, key=None) -> scalar``.
       Hashable, so it may be a static argument of a jitted function. Of a sum a `MetricSum`.
 
     Raises:
@@ -289,7 +311,7 @@ def get_metric(name: str, *, on: str = "features", **options: object) -> "Metric
 def _single(name: str, on: str, options: dict[str, Any]) -> Metric:
     """Make a metric that is no sum of its spelled name and its options."""
     name, *written = name.split(":")
-    for option, value in map(_option, written):
+    for option, value in map(option_of, written):
         if option in options:
             raise ValueError(f"metric {name!r} is given {option} twice")
         options[option] = value
@@ -323,38 +345,6 @@ def _single(name: str, on: str, options: dict[str, Any]) -> Metric:
     metric = Metric(name, on, tuple(sorted(options.items())))
     _try_out(metric)
     return metric
-
-
-def spelled(name: str) -> str:
-    """Return a metric's name as METRICS has it, term by term, with its options as they are."""
-    parts = (term.strip().partition(":") for term in terms(name))
-    return "+".join(n.replace("_", "-").lower() + colon + rest for n, colon, rest in parts)
-
-
-def terms(name: str) -> list[str]:
-    """Return the terms of a sum; the plus sign of a number as in 1e+16 is no sum's."""
-    return re.split(r"(?<![\d.][eE])\+", name)
-
-
-_WORDS = {"true": True, "false": False, "inf": math.inf}
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """Return the name and value in "beta=0.5", "solver=ipot", "debiased=true" or "stages=1,2"."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"an option of a metric is written name=value, got {shown(repr(text))}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # a word, or no end of signs
-        return name, _WORDS.get(value.lower(), value)
-
-
-def _written(value: Any) -> str:
-    """Return an option's value as `_option` reads it back; a number without a plus sign."""
-    if isinstance(value, tuple):
-        return ",".join(map(_written, value)) + ("," if len(value) == 1 else "")
-    return repr(value).replace("e+", "e") if isinstance(value, float) else str(value)
 
 
 def resolve(metric: Metric | MetricSum | str | None) -> Metric | MetricSum | None:

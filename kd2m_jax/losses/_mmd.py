@@ -65,6 +65,9 @@ def mmd(
     out before it is rounded, so that the value is right to 1e-4 however near the clouds are, and
     for a polynomial of features with a large common part (degree 2: steps of 1e-3 around 100).
 
+    Between other examples (a bank) it does not know of classes, as `w2` does not: not for a student
+    with a fresh head, nor where the classes' shares differ. `cmmd` with ``labels_t`` does.
+
     Cost: time O(n^2 d), memory O(n^2); with the linear kernel O(n d) and O(d).
 
     Args:

@@ -1,6 +1,6 @@
 """The student's loss: cross-entropy on the labels plus lambda times a distance."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -19,6 +19,7 @@ from kd2m_jax.losses._checks import (
     several_classes,
 )
 from kd2m_jax.losses._metrics import Metric, MetricSum, as_outputs, resolve
+from kd2m_jax.losses._statistics import ClassStatistics
 
 
 class LossTerms(NamedTuple):
@@ -110,10 +111,11 @@ def student_logits(student: Outputs, task_coef: jax.Array | float) -> jax.Array:
 
 def distance(
     student: Outputs,
-    teacher: Outputs,
+    teacher: Outputs | ClassStatistics,
     labels: ArrayLike | None,
     metric: Metric | MetricSum | str | None,
     *,
+    labels_t: ArrayLike | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return a metric's value, 0 for none, and of a sum of metrics its parts."""
@@ -121,10 +123,12 @@ def distance(
     teacher = jax.lax.stop_gradient(teacher)
     if metric is None:
         return jnp.zeros((), jnp.float32), {}
+    # A metric of the caller's own need not know of labels_t.
+    apart: dict[str, Any] = {} if labels_t is None else {"labels_t": labels_t}
     if isinstance(metric, MetricSum):
-        parts = metric.parts(student, teacher, labels, key=key)
+        parts = metric.parts(student, teacher, labels, key=key, **apart)
         return metric.weigh(parts), parts
-    return metric(student, teacher, labels, key=key), {}
+    return metric(student, teacher, labels, key=key, **apart), {}
 
 
 def classes_of(labels: ArrayLike) -> jax.Array:

@@ -104,6 +104,10 @@ def w2(
     cost is the squared Euclidean one and the iterations end by a certificate, so no reproduction
     of their results is claimed.
 
+    Between other examples (a bank) it does not know of classes: from a student with a fresh head it
+    pairs wrong classes and keeps to them, and where the classes' shares differ it moves some of one
+    class to another. `cw2` with ``labels_t`` does not.
+
     Cost: time O(n^2 d), for hard pairings up to O(n^3); memory O(n^2).
 
     Args:
@@ -299,6 +303,9 @@ def jw2(
 
     It has no conditional twin, for the label cost does that work: between networks that are sure
     of the right class, JW2 tends to `cw2` as beta grows (with equally frequent classes).
+
+    Between other examples (a bank) a student with a fresh head predicts nothing yet: classes are
+    paired wrongly and stay so, and where their shares differ some of one class moves to another.
 
     Cost: time O(n^2 (d + k)), for hard pairings up to O(n^3); memory O(n^2).
 

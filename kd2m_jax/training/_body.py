@@ -1,6 +1,7 @@
 """What every kind of step runs: student and teacher forward, both losses, the update."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,6 +22,7 @@ from kd2m_jax.losses._objective import (
     distance,
     student_logits,
 )
+from kd2m_jax.teachers import Memory
 from kd2m_jax.training._auto_coef import auto_ratio, balanced_gradients
 from kd2m_jax.training._labels import Unlabelled, check_rule, classes_for, needs_labels
 
@@ -146,6 +148,8 @@ class Body:
     axis: str | None
     all_labelled: bool = False
     decay: float | None = None  # of the student's average, where that is its teacher
+    remembers: bool = False  # whether the teacher is gone, and its variables are a Memory
+    rows: int | None = None  # how many rows of a bank a step draws, if not as many as the batch has
 
     def gather(self, tree):
         """Return the global batch: every device's part, in order."""
@@ -214,7 +218,11 @@ class Body:
         x, labels = batch.x, self.gather(batch.labels)
         if self.decay is not None:
             teacher_variables = state.average
-        seen_by_teacher = self._seen_by_teacher(teacher_variables, batch)
+        if self.remembers:
+            recall = functools.partial(self._recall, teacher_variables, metric_key)
+        else:
+            seen_by_teacher = self._seen_by_teacher(teacher_variables, batch)
+            recall = lambda n: (seen_by_teacher, None)  # noqa: E731
         if batch.transfer is not None:
             # One forward pass, so that batch statistics are those of both.
             x = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, batch.transfer)
@@ -227,7 +235,8 @@ class Body:
             task = cross_entropy(
                 student_logits(out, weights[1]), labels, all_labelled=self.all_labelled
             )
-            distillation, parts = self._distance(compared, seen_by_teacher, classes, metric_key)
+            seen, labels_t = recall(len(compared.features))
+            distillation, parts = self._distance(compared, seen, classes, metric_key, labels_t)
             terms = LossTerms(task, distillation, parts)
             loss = jnp.asarray(weights[1]) * terms.task + jnp.asarray(weights[0]) * distillation
             return loss, (terms, _accuracy(out, labels), model_state)
@@ -257,7 +266,16 @@ class Body:
         )
         return out, compared, jnp.full(len(compared.features), -1)
 
-    def _distance(self, student: Outputs, teacher: Outputs | None, classes: jax.Array, key):
+    def _recall(self, memory: Memory, key: jax.Array, n: int) -> tuple[Any, Any]:
+        """Return what a teacher that is gone has left, for a batch of n, and its classes."""
+        terms = getattr(self.objective.metric, "metrics", (self.objective.metric,))
+        if memory.statistics is not None and all(
+            getattr(term, "takes_statistics", False) for term in terms
+        ):
+            return memory.statistics, None
+        return memory.draw(jax.random.fold_in(key, 1), self.rows or n)
+
+    def _distance(self, student: Outputs, teacher: Any, classes: jax.Array, key, labels_t=None):
         """Return the metric's value and, of a sum of metrics, its parts."""
         metric = self.objective.metric
         if metric is not None and teacher is None:
@@ -266,8 +284,10 @@ class Body:
                 "is none"
             )
         if needs_labels(metric):
-            classes = classes_for(self.objective.unlabelled, classes, student, teacher)
-        return distance(student, student if teacher is None else teacher, classes, metric, key=key)
+            same = None if self.remembers else teacher  # has the teacher seen these images?
+            classes = classes_for(self.objective.unlabelled, classes, student, same)
+        teacher = student if teacher is None else teacher
+        return distance(student, teacher, classes, metric, labels_t=labels_t, key=key)
 
 
 def step_body(
@@ -282,11 +302,14 @@ def step_body(
     axis: str | None,
     all_labelled: bool = False,
     decay: float | None = None,
+    remembers: bool = False,
+    rows: int | None = None,
 ) -> Body:
     """Make what every kind of step runs, on one device or on each device of a named axis.
 
     ``all_labelled`` says that no label is -1; with a ``decay`` the student's own average is its
-    teacher.
+    teacher. One that ``remembers`` has the `Memory` of a bank or of statistics for the teacher's
+    variables.
     """
     if decay is not None:
         teacher = student
@@ -298,6 +321,8 @@ def step_body(
         axis,
         all_labelled,
         decay,
+        remembers,
+        rows,
     )
 
 

@@ -8,9 +8,7 @@ import optax
 from flax import linen as nn
 from flax import nnx
 
-from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Model, Network, Tree
-from kd2m_jax.teachers import EmaTeacher
 from kd2m_jax.training._body import Coef, TrainState
 from kd2m_jax.training._examples import Arrays
 from kd2m_jax.training._labels import Unlabelled
@@ -20,7 +18,7 @@ from kd2m_jax.training._preprocess import Preprocess
 from kd2m_jax.training._progress import shown
 from kd2m_jax.training._records import Record
 from kd2m_jax.training._session import session
-from kd2m_jax.training._students import AnyMetric, Students
+from kd2m_jax.training._students import AnyMetric, Students, Teacher
 
 M = TypeVar("M")  # what comes back as a student
 N = TypeVar("N", bound=nnx.Module)
@@ -63,7 +61,7 @@ class FitResult(NamedTuple, Generic[M]):
 class _Options(TypedDict, total=False):
     """The arguments of `fit` whose types do not decide what it returns."""
 
-    teacher: Model | Outputs | EmaTeacher | None
+    teacher: Teacher
     teacher_variables: object
     transfer: object
     transfer_batch_size: int
@@ -143,7 +141,7 @@ def fit(
     student: Model | Sequence[Model],
     data: Arrays | Iterable[Arrays],
     *,
-    teacher: Model | Outputs | EmaTeacher | None = None,
+    teacher: Teacher = None,
     teacher_variables: object = None,
     transfer: object = None,
     transfer_batch_size: int = 128,
@@ -199,9 +197,10 @@ def fit(
         ``max_steps``. Without a ``len`` the default learning rate is constant, unless
         ``max_steps`` says where it ends.
       teacher: the frozen network; or its `Outputs` for the training arrays, row by row, computed
-        before (`kd2m_jax.outputs` does that); or `ema_teacher`, the student's own average; or None.
-        Outputs are those of the images as they are stored: with random augmentation the student
-        sees others.
+        before (`kd2m_jax.outputs` does that); or `ema_teacher`, the student's own average; or, of
+        a teacher that is gone, a `Bank` of features or `ClassStatistics`, for metrics that need no
+        pairs; or None. Outputs are those of the images as they are stored: with random
+        augmentation the student sees others.
       teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
         an NNX module and a `Network` that was made with them bring their own.
       transfer: more inputs, without labels, for the distance alone: each step draws

@@ -17,7 +17,8 @@ import optax
 from kd2m_jax.errors import CheckpointError
 from kd2m_jax.losses import METRICS, Metric, MetricSum
 from kd2m_jax.losses._checks import PER_CALL
-from kd2m_jax.losses._metrics import resolve, spelled, terms
+from kd2m_jax.losses._metrics import resolve
+from kd2m_jax.losses._spelling import spelled, terms
 from kd2m_jax.training._auto_coef import auto_ratio
 
 # Programs can be compared as text where the same versions have made both.

@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kd2m_jax._locks import check_local
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import DEVICES, Model, Network, as_network
+from kd2m_jax.losses import ClassStatistics
 from kd2m_jax.losses._metrics import as_outputs
-from kd2m_jax.teachers import EmaTeacher
+from kd2m_jax.teachers import Bank, EmaTeacher, Memory
 from kd2m_jax.training._batches import OWN, Batches, Transfer, steps_per_call
 from kd2m_jax.training._body import Batch, Body, Coef, TrainState, step_body
 from kd2m_jax.training._evaluation import evaluators
@@ -27,7 +28,7 @@ from kd2m_jax.training._preprocess import Prepare, Preprocess
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._records import Record, Records
 from kd2m_jax.training._step import init_state, owned
-from kd2m_jax.training._students import Students
+from kd2m_jax.training._students import Students, Teacher, check_memory_suits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def make_plan(
     students: Students,
     data: Arrays | Iterable[Arrays],
     *,
-    teacher: Model | Outputs | EmaTeacher | None,
+    teacher: Teacher,
     teacher_variables: Any,
     transfer: Any,
     transfer_batch_size: int,
@@ -140,10 +141,16 @@ def make_plan(
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
     networks = [as_network(student) for student in students.models]
     decay = teacher.decay if isinstance(teacher, EmaTeacher) else None
-    model = None if isinstance(teacher, EmaTeacher) else teacher
+    gone = teacher if isinstance(teacher, Bank | ClassStatistics) else None
+    rows = gone.rows if isinstance(gone, Bank) else None
+    if gone is not None:
+        check_memory_suits(students.metrics, gone)
+    model = None if isinstance(teacher, EmaTeacher | Bank | ClassStatistics) else teacher
     frozen = None if model is None else as_network(model)
     if model is not None:
         teacher_variables = place(variables_of(model, teacher_variables))
+    elif gone is not None:
+        teacher_variables = place(Memory.of(gone))
     batches = Batches(data, batch_size, seed, len(devices), per_class, place, here, stored, given)
     if teacher is not None and batches.has_outputs:
         raise ValueError("data brings the teacher's outputs, and there is a teacher: leave one out")
@@ -162,10 +169,13 @@ def make_plan(
         unlabelled=unlabelled,
         all_labelled=batches.all_labelled and not prepare.changes_labels,
         decay=decay,
+        remembers=gone is not None,
+        rows=rows,
     )
     shapes_of = jax.make_jaxpr(lambda x, labels: prepare(x, labels, None)[0], return_shape=True)
     preparation, sample = shapes_of(batches.sample.x, batches.sample.labels)
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
+    sample_rows = len(jax.tree.leaves(sample)[0])
     key = jax.random.key(seed)
     states = [init_state(network, chosen, sample, key=key) for network in networks]
     if decay is not None:
@@ -179,7 +189,7 @@ def make_plan(
         metrics=students.metrics,
         coefs=students.coefs,
         task_coef=task_coef,
-        teacher=None if frozen is None else teacher_variables,
+        teacher=None if frozen is None and gone is None else teacher_variables,
         data=None if batches.arrays is None else tuple(batches.arrays[:2]),
         stored=None if batches.arrays is None else tuple(batches.arrays[2:]),
         optimizer=optimizer,
@@ -190,11 +200,14 @@ def make_plan(
             if frozen is not None
             else outputs[0]
             if decay is not None
-            else batches.sample.teacher,
+            else batches.sample.teacher
+            if gone is None
+            else _drawn(teacher_variables, rows or sample_rows),
         ),
         others={
             "seed": seed,
             "decay": decay,
+            "rows": rows,
             "unlabelled": check_rule(unlabelled),
             **batches.settings,
         },
@@ -268,6 +281,11 @@ def _traced(network: Network | None, variables: Any, sample: Any) -> tuple[Any, 
         return network.apply(params, state, x, train=False, rng=None)[0]
 
     return jax.make_jaxpr(call, return_shape=True)(*variables, sample)
+
+
+def _drawn(memory: Memory, n: int) -> Any:
+    """Return the shapes of n rows that a step would draw."""
+    return jax.eval_shape(lambda key: memory.draw(key, n)[0], jax.random.key(0))
 
 
 # Parameters times examples of a step that may take a tenth of a second on a CPU (estimated):

@@ -2,14 +2,20 @@
 
 import dataclasses
 import functools
+import inspect
 import logging
 from typing import TypeAlias
 
+from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Model
-from kd2m_jax.losses import Metric, MetricSum
+from kd2m_jax.losses import METRICS, ClassStatistics, Metric, MetricSum
+from kd2m_jax.losses._metrics import resolve
+from kd2m_jax.teachers import Bank, EmaTeacher
 from kd2m_jax.training._body import Coef
 
 AnyMetric: TypeAlias = Metric | MetricSum | str | None
+# Whom a student is compared with.
+Teacher: TypeAlias = Model | Outputs | EmaTeacher | Bank | ClassStatistics | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,3 +82,31 @@ def _say_what_lists_mean() -> None:
         "a list of metrics and a list of coefs train one student for each pair, as a population; "
         "one student on the weighted sum of the metrics: losses.metric_sum(metrics, weights)"
     )
+
+
+def check_memory_suits(metrics: list[AnyMetric], teacher: Bank | ClassStatistics) -> None:
+    """Raise ValueError for a metric that cannot use what is left of a teacher."""
+    for metric in map(resolve, metrics):
+        for term in metric.metrics if isinstance(metric, MetricSum) else [metric]:
+            if isinstance(term, Metric):
+                _check_term(term, teacher)
+            elif term is not None and "labels_t" not in inspect.signature(term).parameters:
+                raise ValueError(
+                    "a metric of your own compares with a bank or with statistics if it takes "
+                    "labels_t, the classes of the teacher's rows, beside key"
+                )
+
+
+def _check_term(term: Metric, teacher: Bank | ClassStatistics) -> None:
+    if METRICS[term.name].paired:
+        others = ", ".join(name for name, info in METRICS.items() if not info.paired)
+        raise ValueError(
+            f"metric {term.label!r} compares each example with itself, and this teacher has not "
+            f"seen the student's examples: these need no pairs: {others}"
+        )
+    if isinstance(teacher, ClassStatistics) and "logits" in term.needs:
+        raise ValueError(f"metric {term.label!r} needs logits, which class statistics do not have")
+    if isinstance(teacher, Bank) and teacher.labels is None and "labels" in term.needs:
+        raise ValueError(f"metric {term.label!r} needs the bank's labels: Bank(..., labels=...)")
+    if isinstance(teacher, Bank) and teacher.outputs.logits is None and "logits" in term.needs:
+        raise ValueError(f"metric {term.label!r} needs the bank's logits: Bank(..., logits=...)")
