@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from kd2m_jax import losses as losses
     from kd2m_jax import models as models
     from kd2m_jax import theory as theory
+    from kd2m_jax._capture import capture as capture
+    from kd2m_jax._capture import layers as layers
+    from kd2m_jax._equinox import from_equinox as from_equinox
     from kd2m_jax._outputs import Outputs as Outputs
+    from kd2m_jax._projector import projected as projected
     from kd2m_jax.adapters import Network as Network
     from kd2m_jax.adapters import from_linen as from_linen
     from kd2m_jax.adapters import from_nnx as from_nnx
-    from kd2m_jax.adapters import projected as projected
     from kd2m_jax.errors import CheckpointError as CheckpointError
     from kd2m_jax.errors import NonFiniteLoss as NonFiniteLoss
     from kd2m_jax.errors import Stopped as Stopped
@@ -51,19 +54,22 @@ _HOMES = {
     "Stopped": "errors",
     "Bank": "teachers",
     "ClassStatistics": "losses",
+    "capture": "_capture",
     "class_statistics": "losses",
     "ema_teacher": "teachers",
     "ensemble": "teachers",
     "fit": "training",
+    "from_equinox": "_equinox",
     "from_linen": "adapters",
     "from_nnx": "adapters",
     "init_state": "training",
     "make_eval_step": "training",
     "make_train_step": "training",
+    "layers": "_capture",
     "outputs": "training",
     "pmap_step": "training",
     "predict": "training",
-    "projected": "adapters",
+    "projected": "_projector",
     "restore": "training",
     "shard_map_step": "training",
 }

@@ -102,6 +102,11 @@ def from_nnx(module: nnx.Module) -> Network:
     """
     if not isinstance(module, nnx.Module):
         raise TypeError(f"from_nnx takes a flax.nnx.Module instance, got {module!r:.80}")
+    return nnx_network(module, functools.partial(_call, type(module).__name__))
+
+
+def nnx_network(module: nnx.Module, call: Callable[[nnx.Module, Tree, bool], Outputs]) -> Network:
+    """Wrap an NNX module, on a copy of which ``call(module, x, train)`` computes the outputs."""
     # Random state is split off: its counters and keys do not belong in what devices average.
     graph, params, rngs, state = nnx.split(module, nnx.Param, nnx.RngState, ...)
     streams = _Streams(rngs)
@@ -111,8 +116,13 @@ def from_nnx(module: nnx.Module) -> Network:
         trained.eval()  # what one does with a trained network first is use it
         return trained
 
-    apply = functools.partial(_apply_nnx, graph, streams, type(module).__name__)
+    apply = functools.partial(_apply_nnx, graph, streams, call)
     return Network(lambda key, x: (params, state), apply, export, (params, state))
+
+
+def _call(name: str, module: Any, x: Tree, train: bool) -> Outputs:
+    del train  # it is told by train() and eval()
+    return _outputs(module(x), name)
 
 
 class _Streams:
@@ -157,7 +167,7 @@ def is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _apply_nnx(graph, streams: _Streams, name: str, params, state, x, *, train, rng=None):
+def _apply_nnx(graph, streams: _Streams, call, params, state, x, *, train, rng=None):
     m = nnx.merge(graph, params, streams.state(), state, copy=True)
     if train:
         m.train()
@@ -171,7 +181,7 @@ def _apply_nnx(graph, streams: _Streams, name: str, params, state, x, *, train, 
     else:
         m.eval()
     with nn.intercept_methods(synchronise):  # of Linen modules inside
-        out = _outputs(m(x), name)
+        out = call(m, x, train)
     return out, nnx.split(m, nnx.Param, nnx.RngState, ...)[3]
 
 
@@ -209,13 +219,23 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"from_linen takes a flax.linen.Module instance, got {module!r:.80}")
+    return linen_network(module, variables, functools.partial(_returned, type(module).__name__))
+
+
+def linen_network(
+    module: nn.Module,
+    variables: dict | None,
+    read: Callable[[Any, dict], Outputs],
+    layers: tuple[str, ...] = (),
+) -> Network:
+    """Wrap a Linen module whose outputs ``read(returned, intermediates of layers)`` makes."""
 
     def init(key, x):
         if variables is None:
             keys: dict[str, Any] = dict(
                 zip(("params", "dropout"), jax.random.split(key), strict=True)
             )
-            fresh = module.init(keys, x, **_mode(module, train=False))
+            fresh = module.init(keys, x, **mode_of(module, train=False))
         else:
             fresh = variables
         return fresh["params"], {k: v for k, v in fresh.items() if k != "params"}
@@ -224,25 +244,37 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
         return {"params": params, **state}
 
     own = None if variables is None else init(None, None)
-    return Network(init, functools.partial(_apply_linen, module), export, own)
+    return Network(init, functools.partial(_apply_linen, module, read, layers), export, own)
 
 
-def _mode(module: nn.Module, *, train: bool) -> dict[str, Any]:
-    """Return the arguments that tell a Linen module its mode, as far as it takes them."""
+def _returned(name: str, returned: Any, intermediates: dict) -> Outputs:
+    del intermediates
+    return _outputs(returned, name)
+
+
+def mode_of(module: Any, *, train: bool) -> dict[str, Any]:
+    """Return the arguments that tell a module its mode, as far as its call takes them."""
     accepted = inspect.signature(type(module).__call__).parameters
     modes = {"train": train, "training": train, "deterministic": not train}
     return {name: value for name, value in modes.items() if name in accepted}
 
 
-def _apply_linen(module: nn.Module, params, state, x, *, train, rng=None):
-    variables, mode, name = {"params": params, **state}, _mode(module, train=train), type(module)
+def _apply_linen(module: nn.Module, read, layers, params, state, x, *, train, rng=None):
+    variables, mode = {"params": params, **state}, mode_of(module, train=train)
+    if layers:
+        wanted = lambda sub, method: method == "__call__" and ".".join(sub.path) in layers  # noqa: E731
+        mode["capture_intermediates"] = wanted
+    own = ["intermediates"] if layers else []
     if not train:
-        return _outputs(module.apply(variables, x, **mode), name.__name__), state
+        returned = module.apply(variables, x, **mode, mutable=own)
+        out, seen = returned if own else (returned[0], {})
+        return read(out, seen), state
     # A stream that has no key of its own draws from "params", so any named one advances.
     rngs = {} if rng is None else {"dropout": rng, "params": jax.random.fold_in(rng, 1)}
     with nn.intercept_methods(synchronise):
-        out, new_state = module.apply(variables, x, **mode, rngs=rngs, mutable=list(state))
-    return _outputs(out, name.__name__), dict(new_state)
+        out, seen = module.apply(variables, x, **mode, rngs=rngs, mutable=[*state, *own])
+    new_state = {name: value for name, value in seen.items() if name in state}
+    return read(out, seen), new_state
 
 
 def as_network(model: Model) -> Network:
@@ -273,95 +305,6 @@ def _what_it_is(model: Any) -> str:
     if any(base.__module__.startswith("torch.") for base in type(model).__mro__):
         return f"{name} of torch: models.load_torch_weights reads the weights of a ResNet"
     return name
-
-
-class _Projector(nnx.Module):
-    """The student's features into another size, and its last map into other channels."""
-
-    def __init__(self, like: Outputs, dim: int | None, channels: int | None, rngs: nnx.Rngs):
-        layers: list[Any] = [None, None, None]
-        if dim:
-            layers[0] = nnx.Linear(like.features.shape[-1], dim, rngs=rngs)
-        if channels:
-            width = like.maps[-1].shape[-1]
-            layers[1] = nnx.Conv(width, channels, (1, 1), use_bias=False, rngs=rngs)
-            layers[2] = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
-        self.linear, self.conv, self.norm = layers
-
-    def __call__(self, out: Outputs) -> Outputs:
-        if self.linear is not None:
-            out = out._replace(features=self.linear(out.features))
-        if self.conv is not None and self.norm is not None:
-            last = nnx.relu(self.norm(self.conv(out.maps[-1])))
-            out = out._replace(maps=(*out.maps[:-1], last))
-        return out
-
-
-def projected(student: Model, dim: int | None = None, *, channels: int | None = None) -> Network:
-    """Give a student a projector into the teacher's feature size, trained along with it.
-
-    The projector sees to it that features (or maps) of unequal sizes can be matched. It is part
-    of the parameters and the state, so of the optimizer, of gradient clipping and of
-    checkpoints; the student's logits do not pass through it, and ``export`` leaves it out.
-
-    Args:
-      student: a Flax NNX or Linen module, or a `Network`.
-      dim: the teacher's feature size d: a linear layer maps ``[n, d_s]`` features to ``[n, d]``.
-        None leaves the features as they are.
-      channels: the teacher's channels c: a 1x1 convolution, BatchNorm and ReLU map the last of
-        the student's maps to ``[n, h, w, c]``, as WKD-F has it. None leaves the maps.
-
-    Returns:
-      A `Network` with parameters ``(student's, projector's)`` and state likewise.
-
-    Raises:
-      ValueError: neither size given, one below 1, or channels for a student without maps.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from kd2m_jax import models
-      >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
-      >>> network, x = projected(net, 32), jnp.ones((2, 4))
-      >>> params, state = network.init(jax.random.key(0), x)
-      >>> network.apply(params, state, x, train=False, rng=None)[0].features.shape
-      (2, 32)
-      >>> network.export(params, state)(x).features.shape
-      (2, 8)
-
-    References:
-      FitNets (Romero et al., ICLR 2015); for maps, Lv et al., NeurIPS 2024 (WKD-F).
-    """
-    if (not dim and not channels) or min(dim or 1, channels or 1) < 1:
-        raise ValueError(f"projected needs a size of at least 1, got {dim=} and {channels=}")
-    inner = as_network(student)
-
-    sizes = (dim, channels)
-
-    def init(key, x):
-        inner_key, own_key = jax.random.split(key)
-        params, state = inner.init(inner_key, x)
-        like = jax.eval_shape(lambda x: inner.apply(params, state, x, train=False, rng=None)[0], x)
-        own_params, own_state = from_nnx(_projector(sizes, like, own_key)).init(None, None)
-        return (params, own_params), (state, own_state)
-
-    apply = functools.partial(_apply_projected, inner.apply, sizes)
-    return Network(init, apply, lambda params, state: inner.export(params[0], state[0]))
-
-
-def _projector(sizes: tuple[int | None, int | None], like: Outputs, key=None) -> _Projector:
-    """Make the projector for such outputs; without a key its structure alone."""
-    if sizes[1] and not like.maps:
-        raise ValueError("channels projects the last of the student's maps, and it has none")
-    if key is None:
-        return nnx.eval_shape(lambda: _Projector(like, *sizes, nnx.Rngs(0)))
-    return _Projector(like, *sizes, nnx.Rngs(key))
-
-
-def _apply_projected(inner: Apply, sizes, params, state, x, *, train, rng=None):
-    out, new_state = inner(params[0], state[0], x, train=train, rng=rng)
-    own = from_nnx(_projector(sizes, out))
-    out, own_state = own.apply(params[1], state[1], out, train=train, rng=None)
-    return out, (new_state, own_state)
 
 
 def _outputs(out: Any, name: str) -> Outputs:

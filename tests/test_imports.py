@@ -22,7 +22,7 @@ LAYERS = [
     ("_outputs", "errors", "_compat", "_compiler", "_batch_norm"),
     ("losses", "_locks"),
     ("theory", "adapters", "models"),
-    ("teachers",),
+    ("teachers", "_capture", "_equinox", "_projector"),
     ("training",),
     ("internal",),
 ]
