@@ -81,6 +81,9 @@ def layers(module: Model, x: Tree, *, variables: dict | None = None) -> None:
       x: a batch of inputs ``[n, ...]``, of which only shape and dtype count.
       variables: a Linen module's; None draws some.
 
+    Returns:
+      Nothing: it prints.
+
     Raises:
       TypeError: what is neither an NNX nor a Linen module.
 
@@ -247,7 +250,7 @@ def _nnx_rows(module: nnx.Module, x: Tree) -> list[tuple[str, str, str]]:
         return {path: out for path, out in seen.items() if hasattr(out, "shape")}
 
     shapes = jax.eval_shape(call, jax.tree.map(jnp.asarray, x))
-    return [(p, kind, _shape(shapes[p]) if p in shapes else "") for p, kind in kinds.items()]
+    return [(p, kind, _shape(shapes[p])) for p, kind in kinds.items() if p in shapes]
 
 
 # --- Linen -------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def _apply(static: Any, name: str, params, state, x, *, train: bool, rng=None):
     draws = "key" in inspect.signature(type(model).__call__).parameters
 
     def one(x, key):
-        given = (x,) if state is None else (x, state)
+        # A copy, because Equinox lets a state be used once.
+        given = (x,) if state is None else (x, jax.tree.map(lambda a: a, state))
         returned = model(*given, **({"key": key} if draws else {}))
         out, new = (returned, None) if state is None else returned
         if not isinstance(out, tuple | list) or not 2 <= len(out) <= 3:

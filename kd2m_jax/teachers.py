@@ -46,7 +46,11 @@ def ensemble(models: Sequence[Model], *, weights: Sequence[float] | None = None)
     """
     networks = [as_network(model) for model in models]
     shares = np.ones(len(networks)) if weights is None else np.asarray(weights, np.float64)
-    if not networks or shares.shape != (len(networks),) or not (shares > 0).all():
+    if (
+        not networks
+        or shares.shape != (len(networks),)
+        or not np.all(np.isfinite(shares) & (shares > 0))
+    ):
         raise ValueError(
             f"an ensemble takes models and a weight > 0 for each, got {len(networks)} models and "
             f"weights {weights}"
@@ -78,6 +82,9 @@ class _Ensemble:
             states.append(new)
         logits = None
         if all(out.logits is not None for out in outs):
+            sizes = {jnp.shape(out.logits)[1] for out in outs}
+            if len(sizes) > 1:
+                raise ValueError(f"the networks of an ensemble have {sorted(sizes)} classes")
             log_p = [
                 share + jax.nn.log_softmax(jnp.asarray(out.logits, jnp.float32))
                 for share, out in zip(self.log_shares, outs, strict=True)
@@ -119,7 +126,8 @@ class Bank:
         logits: ArrayLike | None = None,
         rows: int | None = 256,
     ):
-        if rows is not None and (not isinstance(rows, int | np.integer) or rows < 1):
+        whole = isinstance(rows, int | np.integer) and not isinstance(rows, bool)
+        if rows is not None and (not whole or rows < 1):
             raise ValueError(f"rows must be at least 1, or None, got {rows!r}")
         z = matrix("the bank's features", features)
         self.rows = None if rows is None else int(rows)
@@ -163,7 +171,7 @@ def ema_teacher(decay: float = 0.999) -> EmaTeacher:
     References:
       Tarvainen & Valpola, Mean teachers are better role models, NeurIPS 2017.
     """
-    if not isinstance(decay, int | float) or not 0 <= decay < 1:
+    if not isinstance(decay, int | float | np.number) or not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay!r}")
     return EmaTeacher(float(decay))
 

@@ -1,8 +1,5 @@
 """Other people's networks, unedited, as students and teachers."""
 
-import copy
-
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +50,7 @@ def by_hand(name):
         deep = net.blocks[1](net.blocks[0](stem))
         return (deep if name == "resnet" else stem).mean((1, 2)), logits
     tokens = net.patch(X).reshape(len(X), -1, 16)
-    token = jnp.broadcast_to(net.token.value, (len(X), 1, 16))
+    token = jnp.broadcast_to(net.token[...], (len(X), 1, 16))
     first = net.layers[0](jnp.concatenate([token, tokens], axis=1))
     if name == "vit-mean":
         return first.mean(1), logits
@@ -77,13 +74,14 @@ def test_captured_outputs_are_the_layers(name):
 def test_twenty_steps_unedited(name):
     """As a student and as a teacher; what comes back is the caller's own kind of model."""
     network = READINGS[name]()
-    before = copy.deepcopy(jax.tree.map(np.asarray, network.variables[0]))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(network.variables)]
     teacher = models.MLP((16, 8), 3, in_features=64, rngs=nnx.Rngs(1))
     options = {"batch_size": 16, "epochs": 10, "optimizer": optax.adam(3e-3)}
     result = fit(network, (X, Y), teacher=teacher, metric="mmd-rbf@logits", coef=0.1, **options)
     losses = [record["loss"] for record in result.history]
     assert (result.history[-1]["step"] == 20 and losses[-1] < losses[0]) or len(losses) == 1
-    chex.assert_trees_all_equal(network.variables[0], before)  # left as it is
+    for leaf, old in zip(jax.tree.leaves(network.variables), before, strict=True):
+        np.testing.assert_array_equal(leaf, old)  # left as it is
     if name.startswith("linen"):
         assert set(result.student) == {"params", "batch_stats"}
         LINEN.apply(result.student, X, train=False)
@@ -99,7 +97,7 @@ def test_the_captured_students_batch_statistics_move_and_its_checkpoint_is_read(
     network = capture(resnet(), features="blocks.1")
     options = {"batch_size": 16, "epochs": 2, "optimizer": optax.sgd(0.05)}
     trained = fit(network, (X, Y), checkpoint_dir=tmp_path, **options).student
-    assert np.any(trained.blocks[0].norm.mean.value != resnet().blocks[0].norm.mean.value)
+    assert np.any(trained.blocks[0].norm.mean[...] != resnet().blocks[0].norm.mean[...])
     again = restore(tmp_path, network)
     np.testing.assert_array_equal(again(X), trained(X))
     np.testing.assert_allclose(predict(capture(again, features="stem"), X), trained(X), rtol=1e-5)
@@ -107,14 +105,13 @@ def test_the_captured_students_batch_statistics_move_and_its_checkpoint_is_read(
 
 @pytest.mark.slow
 def test_four_devices_give_what_one_gives():
-    for make in (READINGS["resnet-fc"], READINGS["linen-layers"]):
+    still = NnxResNet(rate=0.0, rngs=nnx.Rngs(0))  # dropout draws apart
+    for network in (capture(still, features="blocks.1"), READINGS["linen-layers"]()):
         options = {"batch_size": 16, "epochs": 1, "optimizer": optax.sgd(0.05)}
-        network = make()
         one, four = (
             fit(network, (X, Y), devices=jax.devices()[:n], **options).history for n in (1, 4)
         )
-        # Dropout draws apart.
-        np.testing.assert_allclose(one[-1]["loss"], four[-1]["loss"], rtol=3e-2)
+        np.testing.assert_allclose(one[-1]["loss"], four[-1]["loss"], rtol=1e-4)
 
 
 def test_layers_prints_the_paths(capsys):

@@ -12,6 +12,7 @@ import pytest
 from clouds import draw
 from flax import linen as nn
 from flax import nnx
+from foreign import equinox_net
 
 import kd2m_jax
 from kd2m_jax import losses, models
@@ -29,6 +30,21 @@ class Linen(nn.Module):
     def __call__(self, x):
         x = nn.relu(nn.Dense(5)(x))
         return x, nn.Dense(3)(x)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.fc = nnx.Linear(4, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(self.hidden(x))
+
+
+class Dicts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        act = nn.Dense(5)(x)
+        return {"act": act, "fc": nn.Dense(3)(act)}
 
 
 def mlp(seed, width=5):
@@ -70,6 +86,8 @@ def space():
         "z_s": mlp(0)(x).features,
         "z_t": seen.features,
         "module": module,
+        "net": Net(nnx.Rngs(0)),
+        "dicts": Dicts(),
         "variables": module.init(jnp.zeros(2, jnp.uint32), x),
         "init": lambda key, x: ({"w": jnp.ones((4, 5)), "h": jnp.ones((5, 3))}, {}),
         "apply": apply,
@@ -83,8 +101,14 @@ def test_the_table_is_read():
 
 @pytest.mark.parametrize(("what", "code"), LINES, ids=[what for what, _ in LINES])
 def test_a_line_of_the_table_runs(what, code, space):
+    if "equinox" in code:
+        pytest.importorskip("equinox")
+        net, state = equinox_net(jax.random.key(0), size=4)
+        space = space | {"equinox_net": net, "its_state": state}
     got = eval(code, space)
-    if code.startswith("fit"):
+    if code.startswith("layers"):
+        assert got is None
+    elif code.startswith("fit"):
         last = got.history[-1]
         assert np.isfinite(last["loss"]) and np.isfinite(last["distillation_loss"])
         assert last["distillation_loss"] > 0

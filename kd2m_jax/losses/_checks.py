@@ -286,7 +286,7 @@ def integer_labels(labels: ArrayLike) -> jax.Array:
         # astype(int) would make classes of fractions, so it is no advice for them.
         hint = _as_numbers(labels.shape) or ": class numbers are whole, make them so by astype(int)"
         if isinstance(labels, np.ndarray) and labels.dtype.kind == "f" and np.any(labels % 1 != 0):
-            hint = ": mixed labels (fractions) are not supported" + _as_numbers(labels.shape)
+            hint = ": distributions over classes are [n, k]" + _as_numbers(labels.shape)
         raise TypeError(f"labels must be integers, got {labels.dtype}{hint}")
     limits = jnp.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
     if isinstance(labels, np.ndarray) and labels.size:

@@ -54,29 +54,32 @@ def _by_class(z: jax.Array, labels: jax.Array, keep: jax.Array, there: jax.Array
 
 def one_class(z_s, z_t: ClassStatistics, where):
     """Return the samples and the mixture, as those of a single class."""
-    z_s, keep = _against(z_s, z_t, where), kept_rows(where, len(z_s), len(z_s))
+    z_s, z_t = _against(z_s, z_t)
+    keep = kept_rows(where, len(z_s), len(z_s))
     keep = jnp.ones(len(z_s), bool) if keep is None else keep
     labels, there = jnp.zeros(len(z_s), jnp.int32), jnp.ones(1, bool)
     return _by_class(z_s, labels, keep, there), z_t.marginal()
 
 
 def classes(z_s, z_t: ClassStatistics, labels, labels_t, where):
-    """Return the samples by class, and the"""
+    """Return the samples by class, and the statistics."""
     if labels_t is not None:
         raise ValueError("labels_t are the classes of a teacher's rows, and statistics have none")
-    z_s = _against(z_s, z_t, where)
+    z_s, z_t = _against(z_s, z_t)
     labels, keep = labelled_rows(labels, where, len(z_s))
     return _by_class(z_s, labels, keep, z_t.shares > 0), z_t
 
 
-def _against(z_s, z_t: ClassStatistics, where) -> jax.Array:
+def _against(z_s, z_t: ClassStatistics) -> tuple[jax.Array, ClassStatistics]:
+    """Return samples and statistics in one dtype; ValueError where they are of other sizes."""
     z_s, d = matrix("z_s", z_s), z_t.means.shape[1]
     if z_s.shape[1] != d:
         raise ValueError(
             f"z_s has {z_s.shape[1]} features and the statistics are of {d}: map the student into "
             "the teacher's space with kd2m_jax.projected"
         )
-    return z_s
+    dtype = jnp.promote_types(z_s.dtype, z_t.means.dtype)
+    return z_s.astype(dtype), ClassStatistics(*(a.astype(dtype) for a in z_t))
 
 
 def kl(

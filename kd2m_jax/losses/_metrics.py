@@ -89,13 +89,9 @@ class Metric:
         function = METRICS[self.name].function
         student = as_outputs("student", student)
         if isinstance(teacher, ClassStatistics):
-            if not self.takes_statistics:
-                raise ValueError(
-                    f"metric {self.label!r} compares samples, and the teacher is class statistics: "
-                    "draw rows from them (ClassStatistics.draw), or use a Gaussian metric"
-                )
-            teacher = Outputs(teacher)  # pyright: ignore[reportArgumentType]
-        teacher = as_outputs("teacher", teacher)
+            teacher, labels_t = self._of_statistics(teacher, len(student.features), key)
+        else:
+            teacher = as_outputs("teacher", teacher)
         available = {
             "z_s": getattr(student, self.on),
             "z_t": getattr(teacher, self.on),
@@ -115,9 +111,27 @@ class Metric:
         if where is not None:
             options["where"] = where
         # Losses without classes do not ask of which the teacher's rows are.
+        if labels_t is not None and METRICS[self.name].paired:
+            raise ValueError(
+                f"metric {self.label!r} compares each example with itself: it takes no labels_t"
+            )
         if labels_t is not None and "labels_t" in inspect.signature(function).parameters:
             options["labels_t"] = labels_t
         return function(**given, **options)
+
+    def _of_statistics(
+        self, teacher: ClassStatistics, n: int, key: jax.Array | None
+    ) -> tuple[Outputs, jax.Array | None]:
+        """Return what a loss takes of statistics: themselves, or n rows drawn with the key."""
+        if self.takes_statistics:
+            return Outputs(teacher), None  # pyright: ignore[reportArgumentType]
+        if key is None:
+            raise ValueError(
+                f"metric {self.label!r} compares samples, and the teacher is class statistics: "
+                "give a key to draw rows with, or use a Gaussian metric"
+            )
+        features, labels = teacher.draw(jax.random.fold_in(key, 2**32 - 1), n)
+        return Outputs(features), labels
 
     def _called(self, parameter: str) -> str:
         """Return what users call a loss's parameter: "the student's features" for z_s."""
@@ -134,6 +148,10 @@ def _stages(outputs: Outputs) -> Any:
 
 def as_outputs(owner: str, given: Any) -> Outputs:
     """Make `Outputs` from what a network may return: such a tuple, plain or named."""
+    if isinstance(given, ClassStatistics):
+        raise TypeError(
+            f"the {owner}'s outputs are wanted here, one row per example, not statistics"
+        )
     if not isinstance(given, tuple | list) or not 1 <= len(given) <= 3:
         shape = getattr(given, "shape", None)
         kind = type(given) if shape is None else f"an array of shape {list(shape)}"

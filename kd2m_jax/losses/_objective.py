@@ -48,7 +48,7 @@ class LossTerms(NamedTuple):
 
 def distillation_loss(
     student: Outputs,
-    teacher: Outputs,
+    teacher: Outputs | ClassStatistics,
     labels: ArrayLike,
     *,
     metric: Metric | MetricSum | str | None,
@@ -60,7 +60,7 @@ def distillation_loss(
 
     Args:
       student: `Outputs` for the batch; its logits ``[n, k]`` are needed.
-      teacher: `Outputs` for the same batch. No gradient flows to it.
+      teacher: `Outputs` for the same batch, or `ClassStatistics`. No gradient flows to it.
       labels: ``[n]`` integers in [0, k). A row of -1 has no label: the cross-entropy is the mean
         over the others (0 without any), and a conditional metric leaves it out. Other numbers
         make the loss NaN. Or ``[n, k]`` floating, each row a distribution over the classes; a
@@ -89,7 +89,9 @@ def distillation_loss(
     References:
       Fernandes Montesuma, KD2M, GSI 2025, Algorithm 1.
     """
-    student, teacher = as_outputs("student", student), as_outputs("teacher", teacher)
+    student = as_outputs("student", student)
+    if not isinstance(teacher, ClassStatistics):
+        teacher = as_outputs("teacher", teacher)
     for name, weight in (("coef", coef), ("task_coef", task_coef)):
         if not isinstance(weight, jax.core.Tracer) and not float(weight) >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
@@ -115,16 +117,17 @@ def distance(
     labels: ArrayLike | None,
     metric: Metric | MetricSum | str | None,
     *,
-    labels_t: ArrayLike | None = None,
     key: jax.Array | None = None,
+    **apart: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return a metric's value, 0 for none, and of a sum of metrics its parts."""
+    """Return a metric's value, 0 for none, and of a sum of metrics its parts.
+
+    ``apart`` is ``labels_t``, where the teacher's rows are of other examples.
+    """
     metric = resolve(metric)
     teacher = jax.lax.stop_gradient(teacher)
     if metric is None:
         return jnp.zeros((), jnp.float32), {}
-    # A metric of the caller's own need not know of labels_t.
-    apart: dict[str, Any] = {} if labels_t is None else {"labels_t": labels_t}
     if isinstance(metric, MetricSum):
         parts = metric.parts(student, teacher, labels, key=key, **apart)
         return metric.weigh(parts), parts
@@ -132,9 +135,13 @@ def distance(
 
 
 def classes_of(labels: ArrayLike) -> jax.Array:
-    """Return class numbers ``[n]``: of distributions over the classes the most probable ones."""
+    """Return class numbers ``[n]``: of distributions over the classes the most probable ones.
+
+    A row of zeros is none: what one-hot coding makes of -1.
+    """
     if are_distributions(labels):
-        return jnp.argmax(jnp.asarray(labels), axis=1)
+        labels = jnp.asarray(labels)
+        return jnp.where(jnp.sum(labels, axis=1) > 0, jnp.argmax(labels, axis=1), -1)
     return integer_labels(labels)
 
 
@@ -151,7 +158,10 @@ def cross_entropy(logits: jax.Array, labels: ArrayLike, *, all_labelled: bool = 
             raise ValueError(
                 f"labels that are distributions must have shape {[n, k]}, got {list(labels.shape)}"
             )
-        return jnp.mean(optax.losses.softmax_cross_entropy(logits, labels.astype(logits.dtype)))
+        labels = labels.astype(logits.dtype)
+        total = jnp.sum(optax.losses.softmax_cross_entropy(logits, labels))
+        mass = jnp.sum(labels)  # the number of rows, less those of zeros
+        return total / jnp.where(mass > 0, mass, 1)
     labels = class_labels(labels, n)
     known = (labels >= 0) & (labels < k)
     nats = optax.losses.softmax_cross_entropy_with_integer_labels(

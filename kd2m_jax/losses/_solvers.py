@@ -167,8 +167,7 @@ def sinkhorn_plan(
         small = state.errors[out.n_iters // solver.inner_iterations - 1, 0] <= TOLERANCE
         return out.g, out.converged & small, jnp.asarray(out.n_iters, jnp.int32)
 
-    def keep(f, g):
-        del f
+    def keep(_, g):
         return g, jnp.array(True), jnp.zeros((), jnp.int32)
 
     # Where a student is close to its teacher the dual solution is optimal: 20 iterations saved.

@@ -23,9 +23,10 @@ class ClassStatistics(NamedTuple):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> found = class_statistics(jnp.array([[0.0], [2.0], [5.0]]), jnp.array([0, 0, 1]))
-      >>> print(found.means[:, 0], found.covariances[:, 0, 0], found.shares.round(2))
-      [1. 5.] [1. 0.] [0.67 0.33]
+      >>> z, labels = jnp.array([[0.0], [2.0], [5.0], [5.0]]), jnp.array([0, 0, 1, 1])
+      >>> found = class_statistics(z, labels)
+      >>> print(found.means[:, 0], found.covariances[:, 0, 0], found.shares)
+      [1. 5.] [1. 0.] [0.5 0.5]
     """
 
     means: jax.Array
@@ -93,7 +94,7 @@ def class_statistics(
 
     Returns:
       `ClassStatistics` of ``[K, d]`` means, ``[K, d, d]`` (or ``[K, d]``) covariances and ``[K]``
-      shares, float32.
+      shares, float32 (float64 for float64 features).
 
     Raises:
       ValueError: shapes that do not match, no row with a class, labels out of range, an unknown
@@ -111,12 +112,13 @@ def class_statistics(
     labels = class_labels(labels, z.shape[0])
     if isinstance(z, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
         raise TypeError("class_statistics is computed once, before training: call it outside jit")
-    z, y = np.asarray(z, np.float64), np.asarray(labels)
+    dtype, z, y = z.dtype, np.asarray(z, np.float64), np.asarray(labels)
+    if y.max() < 0:
+        raise ValueError("no row has a class: all labels are below 0")
     known = int(y.max()) + 1 if num_classes is None else num_classes
-    if y.min() < -1 or y.max() >= known or y.max() < 0:
+    if y.min() < -1 or y.max() >= known:
         raise ValueError(
-            f"labels must be class numbers below {known}, or -1, and some of them a class, got "
-            f"{y.min()} to {y.max()}"
+            f"labels must be class numbers below {known}, or -1, got {y.min()} to {y.max()}"
         )
     means, spreads = np.zeros((known, z.shape[1])), []
     for c in range(known):
@@ -126,4 +128,4 @@ def class_statistics(
         spread = (gaps**2).sum(0) if covariance == "diagonal" else gaps.T @ gaps
         spreads.append(spread / max(len(rows), 1))
     shares = np.bincount(y[y >= 0], minlength=known) / (y >= 0).sum()
-    return ClassStatistics(*(jnp.asarray(a, jnp.float32) for a in (means, spreads, shares)))
+    return ClassStatistics(*(jnp.asarray(a, dtype) for a in (means, spreads, shares)))

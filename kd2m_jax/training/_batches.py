@@ -27,6 +27,11 @@ from kd2m_jax.training._examples import (
 OWN = 2**32 - 1
 
 
+_TWO_SOURCES = (
+    "data brings the teacher's outputs, and there are others or a transfer set: leave one out"
+)
+
+
 class Transfer(NamedTuple):
     """Inputs without labels on which student and teacher are compared, checked.
 
@@ -47,8 +52,13 @@ class Transfer(NamedTuple):
         """Check what `fit` was given; None for none."""
         if given is None:
             return None
-        several = isinstance(given, tuple) and len(given) == 2
-        x, teacher = given if several and isinstance(given[1], Outputs) else (given, None)
+        x, teacher = given, None
+        if isinstance(given, tuple | list) and len(given) == 2:
+            if not isinstance(given[1], Outputs | Mapping):
+                raise ValueError(
+                    "transfer is x, or (x, Outputs) with the teacher's outputs: it takes no labels"
+                )
+            x, teacher = given
         check_memory("transfer", (x, teacher), jax.local_devices()[0])
         rows = check_rows("transfer", x)
         if batch_size > rows:
@@ -56,6 +66,12 @@ class Transfer(NamedTuple):
         if teacher is not None:
             teacher = stored_outputs("transfer", teacher, rows)
         return cls(x, teacher, rows, batch_size)
+
+    def check_like(self, x: Any) -> None:
+        """Raise ValueError unless the inputs are as those of the data: one batch has both."""
+        own, others = (_rows_of(inputs) for inputs in (self.x, x))
+        if own != others:
+            raise ValueError(f"transfer: inputs must be as those of data, {others}, got {own}")
 
 
 class Batches:
@@ -107,6 +123,8 @@ class Batches:
         check_memory("data", data, jax.local_devices()[0])
         all_of_it = examples("data", data)
         labels = all_of_it.labels
+        if all_of_it.teacher is not None and (teacher is not None or self._transfer is not None):
+            raise ValueError(_TWO_SOURCES)
         if teacher is not None:
             all_of_it = all_of_it._replace(teacher=stored_outputs("data", teacher, len(labels)))
         self.has_labels, self.all_labelled = has_labels(labels), _all_numbered(labels)
@@ -120,8 +138,9 @@ class Batches:
                 f"per_class {per_class} leaves fewer than batch_size {batch_size} examples"
             )
         if self._transfer is not None:
-            seen = self._transfer.teacher or all_of_it.teacher
-            all_of_it = all_of_it._replace(transfer=self._transfer.x, teacher=seen)
+            self._transfer.check_like(all_of_it.x)
+            beside = {"transfer": self._transfer.x, "teacher": self._transfer.teacher}
+            all_of_it = all_of_it._replace(**beside)
         self._arrays: Any = self._place(jax.tree.map(jnp.asarray, all_of_it))
         # What decides the order of the batches, beside the seed.
         self.settings: dict[str, Any] = {
@@ -147,9 +166,13 @@ class Batches:
         self._iterable = data
         self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
         first = _first_batch(data)
-        self.has_labels, self.all_labelled = True, False  # what later batches have is not known
+        # What later batches have is not known.
+        self.has_labels, self.all_labelled = has_labels(first.labels), False
         self.settings = {"batches": self.steps_per_epoch}
+        if first.teacher is not None and self._transfer is not None:
+            raise ValueError(_TWO_SOURCES)
         if self._transfer is not None:
+            self._transfer.check_like(first.x)
             beside = self._transfer.x, self._transfer.teacher
             self._placed = self._place(jax.tree.map(jnp.asarray, beside))
             first = first._replace(transfer=beside[0], teacher=beside[1])
@@ -170,6 +193,13 @@ class Batches:
     def arrays(self) -> Any:
         """A `Batch` of all; None of an iterable."""
         return None if self._iterable is not None else self._arrays
+
+    @property
+    def stored(self) -> Any:
+        """The teacher's outputs that were computed before, and the transfer set."""
+        if self._iterable is None:
+            return tuple(self._arrays[2:])
+        return self._placed[::-1] if self._transfer is not None else None
 
     @property
     def in_memory(self) -> bool:
@@ -291,6 +321,12 @@ def _are_arrays(data: Any) -> bool:
 
 def _all_numbered(labels: Any) -> bool:
     return not are_distributions(labels) and bool((np.asarray(labels) >= 0).all())
+
+
+def _rows_of(x: Any) -> str:
+    """Say what a row of inputs is."""
+    rows = jax.tree.map(lambda a: f"{dtype_of(a)}{list(np.shape(a)[1:])}", x)
+    return str(rows)
 
 
 def _shapes(part: Any, batch_size: int) -> Any:

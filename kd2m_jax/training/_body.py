@@ -217,7 +217,9 @@ class Body:
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(self.axis))
         x, labels = batch.x, self.gather(batch.labels)
         if self.decay is not None:
-            teacher_variables = state.average
+            teacher_variables = jax.tree.map(
+                lambda a, like: a.astype(like.dtype), state.average, state.variables
+            )
         if self.remembers:
             recall = functools.partial(self._recall, teacher_variables, metric_key)
         else:
@@ -236,6 +238,8 @@ class Body:
                 student_logits(out, weights[1]), labels, all_labelled=self.all_labelled
             )
             seen, labels_t = recall(len(compared.features))
+            if not self.all_labelled or batch.transfer is not None:
+                classes = self._classes(compared, seen, classes)
             distillation, parts = self._distance(compared, seen, classes, metric_key, labels_t)
             terms = LossTerms(task, distillation, parts)
             loss = jnp.asarray(weights[1]) * terms.task + jnp.asarray(weights[0]) * distillation
@@ -268,12 +272,17 @@ class Body:
 
     def _recall(self, memory: Memory, key: jax.Array, n: int) -> tuple[Any, Any]:
         """Return what a teacher that is gone has left, for a batch of n, and its classes."""
-        terms = getattr(self.objective.metric, "metrics", (self.objective.metric,))
-        if memory.statistics is not None and all(
-            getattr(term, "takes_statistics", False) for term in terms
-        ):
+        ours = isinstance(self.objective.metric, Metric | MetricSum)
+        if memory.statistics is not None and ours:  # which draw rows themselves where they need any
             return memory.statistics, None
-        return memory.draw(jax.random.fold_in(key, 1), self.rows or n)
+        return memory.draw(jax.random.fold_in(key, 2**32 - 1), self.rows or n)
+
+    def _classes(self, student: Outputs, teacher: Any, classes: jax.Array) -> jax.Array:
+        """Give rows without a label a class, if the metric reads any."""
+        if not needs_labels(self.objective.metric):
+            return classes
+        same = None if self.remembers else teacher  # has the teacher seen these images?
+        return classes_for(self.objective.unlabelled, classes, student, same)
 
     def _distance(self, student: Outputs, teacher: Any, classes: jax.Array, key, labels_t=None):
         """Return the metric's value and, of a sum of metrics, its parts."""
@@ -283,11 +292,9 @@ class Body:
                 f"metric {getattr(metric, 'label', metric)!r} compares with a teacher, and there "
                 "is none"
             )
-        if needs_labels(metric):
-            same = None if self.remembers else teacher  # has the teacher seen these images?
-            classes = classes_for(self.objective.unlabelled, classes, student, same)
         teacher = student if teacher is None else teacher
-        return distance(student, teacher, classes, metric, labels_t=labels_t, key=key)
+        apart = {"labels_t": labels_t} if self.remembers else {}
+        return distance(student, teacher, classes, metric, key=key, **apart)
 
 
 def step_body(
@@ -313,6 +320,13 @@ def step_body(
     """
     if decay is not None:
         teacher = student
+    for network in (student, teacher):
+        if network is not None and not isinstance(network, Network):
+            raise TypeError(
+                "a step takes networks (from_nnx, from_linen) for student and teacher, got "
+                f"{type(network).__name__}: a Bank, class statistics, stored Outputs and "
+                "ema_teacher are teachers of fit"
+            )
     return Body(
         student.apply,
         None if teacher is None else teacher.apply,
@@ -331,9 +345,19 @@ def _averaged(average: Any, new: Any, decay: float) -> Any:
 
     def mean(a, b):
         floating = jnp.issubdtype(b.dtype, jnp.floating)
-        return (decay * a + (1 - decay) * b).astype(b.dtype) if floating else b
+        return (decay * a + (1 - decay) * b).astype(a.dtype) if floating else b
 
-    return jax.tree.map(mean, average, new)
+    return jax.tree.map(mean, average, in_full(new))
+
+
+def in_full(tree: Any) -> Any:
+    """Return floats in float32 at least: in half precision an average would not move."""
+
+    def full(a):
+        floating = jnp.issubdtype(a.dtype, jnp.floating)
+        return a.astype(jnp.promote_types(a.dtype, jnp.float32)) if floating else a
+
+    return jax.tree.map(full, tree)
 
 
 def _like(new: Any, old: Any) -> Any:

@@ -90,12 +90,12 @@ def check_rows(what: str, x: Any, n: int | None = None) -> int:
 def stored_outputs(what: str, given: Any, n: int) -> Outputs:
     """Return outputs of a teacher that were computed before, checked against n rows."""
     if isinstance(given, Mapping):
-        if not {"features"} <= set(given) <= set(Outputs._fields):
+        if not given or not set(given) <= set(Outputs._fields):
             raise ValueError(
-                f"{what}: the teacher's outputs are features, and perhaps logits and maps, got "
-                f"{', '.join(map(str, given))}"
+                f"{what}: the teacher's outputs are features, logits and maps, or some of them, "
+                f"got {', '.join(map(str, given))}"
             )
-        given = Outputs(**given)
+        given = Outputs(**{"features": None, **given})
     out = as_outputs("teacher", given)
     for leaf in jax.tree.leaves(out):
         if np.ndim(leaf) < 2 or np.shape(leaf)[0] != n:

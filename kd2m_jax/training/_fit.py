@@ -199,8 +199,8 @@ def fit(
       teacher: the frozen network; or its `Outputs` for the training arrays, row by row, computed
         before (`kd2m_jax.outputs` does that); or `ema_teacher`, the student's own average; or, of
         a teacher that is gone, a `Bank` of features or `ClassStatistics`, for metrics that need no
-        pairs; or None. Outputs are those of the images as they are stored: with random
-        augmentation the student sees others.
+        pairs (statistics have no logits); or None. Outputs are those of the images as they are
+        stored: with random augmentation the student sees others.
       teacher_variables: ``(params, state)`` of the teacher, or a Linen module's variables dict;
         an NNX module and a `Network` that was made with them bring their own.
       transfer: more inputs, without labels, for the distance alone: each step draws
@@ -214,7 +214,7 @@ def fit(
         "teacher" (what the teacher predicts), "drop" (the example is left out), "own" (what the
         student predicts), "balanced" (the same after Sinkhorn balancing of the batch's unlabelled
         examples to equal shares of the classes) or ``("balanced", shares)``. None is "teacher"
-        where the teacher has logits, else "balanced".
+        where the teacher has logits for the same images, else "balanced".
       metric: a name from ``losses.METRICS`` or a `losses.Metric`; None for cross-entropy alone.
       coef: >= 0, lambda, a number or an optax schedule of the step; or "auto:RATIO", which keeps
         its part of the gradient at RATIO times the cross-entropy's (see `make_train_step`).
@@ -230,8 +230,9 @@ def fit(
       eval_data: ``(x, labels)`` arrays to evaluate on after each epoch, checked as ``data`` is.
       preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key per
         example in training (augmentation), None in evaluation. Or ``(x, labels, keys) -> (x,
-        labels)``, which may mix examples and make distributions of their labels (mixup, cutmix);
-        it leaves the transfer set alone, while the first form is applied to it, too.
+        labels)``, which may mix examples and make distributions of their labels (mixup, cutmix). A
+        row of zeros is no label. It sees one device's part of the batch, and leaves the transfer
+        set alone, while the first form is applied to that, too.
       callbacks: called with a copy of each record: a dict with ``step``, ``epoch``, ``steps``
         (total, None if unknown), ``loss``, ``task_loss`` (nats), ``train_accuracy`` (of examples
         with a label; left out where there are none), with a

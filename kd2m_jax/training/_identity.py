@@ -144,7 +144,9 @@ def _options(metric: Any, outputs: Callable[[], tuple[Any, Any]]) -> dict[str, A
     if not isinstance(metric, Metric):
         student, teacher = outputs()
         labels = jnp.zeros(student.logits.shape[0], jnp.int32)
-        call = lambda s, t: metric(s, t, labels, key=jax.random.key(0))  # noqa: E731
+        named = "labels_t" in inspect.signature(metric).parameters
+        more = {"labels_t": labels} if named else {}
+        call = lambda s, t: metric(s, t, labels, key=jax.random.key(0), **more)  # noqa: E731
         return {f"{_names(metric)} {_VERSIONS}": _traced(call, student, teacher)}
     given = dict(metric.options)
     return {

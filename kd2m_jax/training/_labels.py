@@ -56,7 +56,10 @@ def classes_for(
         return labels
     if rule == "teacher":
         if predicted is None:
-            raise ValueError("unlabelled='teacher' takes the teacher's logits, and there are none")
+            raise ValueError(
+                "unlabelled='teacher' takes the teacher's logits for the same images, and there "
+                "are none"
+            )
         found = jnp.argmax(jnp.asarray(predicted), axis=1)
     else:
         logits = jax.lax.stop_gradient(jnp.asarray(student.logits))

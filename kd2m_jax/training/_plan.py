@@ -19,7 +19,7 @@ from kd2m_jax.losses import ClassStatistics
 from kd2m_jax.losses._metrics import as_outputs
 from kd2m_jax.teachers import Bank, EmaTeacher, Memory
 from kd2m_jax.training._batches import OWN, Batches, Transfer, steps_per_call
-from kd2m_jax.training._body import Batch, Body, Coef, TrainState, step_body
+from kd2m_jax.training._body import Batch, Body, Coef, TrainState, in_full, step_body
 from kd2m_jax.training._evaluation import evaluators
 from kd2m_jax.training._examples import Arrays
 from kd2m_jax.training._identity import Compared
@@ -28,7 +28,7 @@ from kd2m_jax.training._preprocess import Prepare, Preprocess
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._records import Record, Records
 from kd2m_jax.training._step import init_state, owned
-from kd2m_jax.training._students import Students, Teacher, check_memory_suits
+from kd2m_jax.training._students import Students, Teacher, check_labels, check_memory_suits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,8 @@ def make_plan(
         check_memory_suits(students.metrics, gone)
     model = None if isinstance(teacher, EmaTeacher | Bank | ClassStatistics) else teacher
     frozen = None if model is None else as_network(model)
+    if teacher_variables is not None and model is None:
+        raise ValueError("teacher_variables are those of a network, and the teacher is none")
     if model is not None:
         teacher_variables = place(variables_of(model, teacher_variables))
     elif gone is not None:
@@ -156,6 +158,8 @@ def make_plan(
         raise ValueError("data brings the teacher's outputs, and there is a teacher: leave one out")
     has_teacher = teacher is not None or batches.has_outputs
     students.check_teacher(has_teacher)
+    if not has_teacher and not batches.has_labels:
+        raise ValueError("nothing to learn from: no example has a label, and there is no teacher")
     if not batches.has_labels:
         students = students.without_labels()
     total = _total_steps(batches, epochs, max_steps)
@@ -179,19 +183,26 @@ def make_plan(
     key = jax.random.key(seed)
     states = [init_state(network, chosen, sample, key=key) for network in networks]
     if decay is not None:
-        states = [state._replace(average=owned(state.variables)) for state in states]
+        states = [state._replace(average=owned(in_full(state.variables))) for state in states]
     states = place(states)
     traced = [_traced(n, s.variables, sample) for n, s in zip(networks, states, strict=True)]
     outputs = [_outputs(out) for _, out in traced]
     classes = min(out.logits.shape[-1] for out in outputs)
     batches.expect(classes)
+    rule = check_rule(unlabelled)
+    predicts = frozen is not None or decay is not None
+    if batches.sample.teacher is not None:
+        predicts = batches.sample.teacher.logits is not None
+    if has_teacher and rule is None:
+        rule = "teacher" if predicts and gone is None else "balanced"
+    check_labels(students.metrics, gone, rule, classes, has_transfer=given is not None)
     compared = Compared(
         metrics=students.metrics,
         coefs=students.coefs,
         task_coef=task_coef,
         teacher=None if frozen is None and gone is None else teacher_variables,
         data=None if batches.arrays is None else tuple(batches.arrays[:2]),
-        stored=None if batches.arrays is None else tuple(batches.arrays[2:]),
+        stored=batches.stored,
         optimizer=optimizer,
         params=states[0].params,
         outputs=lambda: (
@@ -208,7 +219,7 @@ def make_plan(
             "seed": seed,
             "decay": decay,
             "rows": rows,
-            "unlabelled": check_rule(unlabelled),
+            "unlabelled": rule,
             **batches.settings,
         },
     )

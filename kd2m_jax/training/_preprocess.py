@@ -34,14 +34,21 @@ class Prepare:
         except (TypeError, ValueError):  # a built-in function tells nothing
             parameters = ()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
-        return cls(function, len(needed) == 3)
+        given = [p for p in parameters if p.kind in positional]
+        needed = [p for p in given if p.default is p.empty]
+        named = len(given) == 3 and given[1].name == "labels"
+        return cls(function, len(needed) == 3 or named)
 
     def __call__(self, x: Any, labels: Any, keys: jax.Array | None) -> tuple[Any, Any]:
         """Return inputs and labels as the network and the loss take them."""
         if not self.changes_labels:
             return self.function(x, keys), labels
-        return (x, labels) if labels is None else self.function(x, labels, keys)
+        if labels is None:
+            return x, labels
+        found = self.function(x, labels, keys)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError("a preprocess of (x, labels, keys) must return (x, labels)")
+        return found
 
 
 def _unchanged(x, keys):

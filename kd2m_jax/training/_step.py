@@ -109,7 +109,7 @@ def make_train_step(
         (what the teacher predicts), "drop" (it is left out), "own" (what the student predicts),
         "balanced" (the same after Sinkhorn balancing of the batch's unlabelled rows to equal
         shares of the classes) or ``("balanced", shares)``. None is "teacher" where the teacher has
-        logits, else "balanced".
+        logits for the same images, else "balanced".
 
     Returns:
       ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``: x ``[n, ...]``, labels
@@ -166,6 +166,10 @@ def apart(step: Any) -> Step:
         donated = set(map(_buffer, jax.tree.leaves(state)))
         if any(_buffer(leaf) in donated for leaf in jax.tree.leaves(teacher_variables)):
             teacher_variables = owned(teacher_variables)
+        if not 2 <= len(batch) <= 3:
+            raise ValueError(
+                f"a batch is (x, labels) or (x, labels, outputs), got {len(batch)} parts"
+            )
         x, labels, *teacher = batch
         if not are_distributions(labels):
             labels = integer_labels(labels)

@@ -6,12 +6,15 @@ import inspect
 import logging
 from typing import TypeAlias
 
+import numpy as np
+
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Model
 from kd2m_jax.losses import METRICS, ClassStatistics, Metric, MetricSum
 from kd2m_jax.losses._metrics import resolve
 from kd2m_jax.teachers import Bank, EmaTeacher
 from kd2m_jax.training._body import Coef
+from kd2m_jax.training._labels import needs_labels
 
 AnyMetric: TypeAlias = Metric | MetricSum | str | None
 # Whom a student is compared with.
@@ -110,3 +113,32 @@ def _check_term(term: Metric, teacher: Bank | ClassStatistics) -> None:
         raise ValueError(f"metric {term.label!r} needs the bank's labels: Bank(..., labels=...)")
     if isinstance(teacher, Bank) and teacher.outputs.logits is None and "logits" in term.needs:
         raise ValueError(f"metric {term.label!r} needs the bank's logits: Bank(..., logits=...)")
+
+
+def check_labels(
+    metrics: list[AnyMetric],
+    teacher: Bank | ClassStatistics | None,
+    rule,
+    classes: int,
+    *,
+    has_transfer: bool,
+) -> None:
+    """Raise ValueError where a conditional metric would find no class to compare."""
+    if isinstance(rule, tuple) and len(rule[1]) != classes:
+        raise ValueError(f"'balanced' has {len(rule[1])} shares, and there are {classes} classes")
+    if not any(needs_labels(metric) for metric in map(resolve, metrics)):
+        return
+    if has_transfer and rule == "drop":
+        raise ValueError(
+            "unlabelled='drop' leaves the whole transfer set out of a conditional metric, because "
+            "none of it has a label"
+        )
+    if isinstance(teacher, Bank) and teacher.labels is not None:
+        known = np.asarray(teacher.labels)
+        if known.min() < -1 or known.max() >= classes or known.max() < 0:
+            raise ValueError(
+                f"the bank's labels must be class numbers from 0 to {classes - 1}, or -1 for none, "
+                f"got {known.min()} to {known.max()}"
+            )
+    if isinstance(teacher, ClassStatistics) and not (teacher.shares[:classes] > 0).any():
+        raise ValueError(f"the statistics are of no class from 0 to {classes - 1}")

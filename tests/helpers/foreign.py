@@ -23,10 +23,10 @@ class Block(nnx.Module):
 class NnxResNet(nnx.Module):
     """In the way of bonsai: stages are lists, the call returns logits."""
 
-    def __init__(self, classes=3, width=8, *, rngs):
+    def __init__(self, classes=3, width=8, rate=0.1, *, rngs):
         self.stem = nnx.Conv(1, width, (3, 3), rngs=rngs)
         self.blocks = layer_list([Block(width, width, 1, rngs), Block(width, 2 * width, 2, rngs)])
-        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
         self.fc = nnx.Linear(2 * width, classes, rngs=rngs)
 
     def __call__(self, x):
@@ -60,8 +60,8 @@ class NnxViT(nnx.Module):
         self.head = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x):
-        x = self.patch(x).reshape(len(x), -1, self.token.value.shape[-1])
-        token = jnp.broadcast_to(self.token.value, (len(x), 1, x.shape[-1]))
+        x = self.patch(x).reshape(len(x), -1, self.token.shape[-1])
+        token = jnp.broadcast_to(self.token[...], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1)
         for layer in self.layers:
             x = layer(x)

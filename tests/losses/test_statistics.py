@@ -148,7 +148,7 @@ def test_rows_that_are_drawn_have_the_statistics(statistics):
         (lambda: losses.gaussian_w2(Z_S, FULL, covariance="no"), ValueError, "covariance"),
         (lambda: losses.class_statistics(Z_T, Y_T[:4]), ValueError, r"shape \[50\], got \[4\]"),
         (lambda: losses.class_statistics(Z_T, Y_T - 3), ValueError, "below 1, or -1"),
-        (lambda: losses.class_statistics(Z_T, 0 * Y_T - 1), ValueError, "some of them a class"),
+        (lambda: losses.class_statistics(Z_T, 0 * Y_T - 1), ValueError, "no row has a class"),
         (lambda: losses.class_statistics(Z_T, Y_T, num_classes=2), ValueError, "below 2"),
         (lambda: jax.jit(losses.class_statistics)(Z_T, Y_T), TypeError, "outside jit"),
     ],

@@ -9,7 +9,17 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import Bank, Outputs, class_statistics, fit, losses, models
+from kd2m_jax import (
+    Bank,
+    Outputs,
+    class_statistics,
+    ema_teacher,
+    fit,
+    from_nnx,
+    losses,
+    make_train_step,
+    models,
+)
 from kd2m_jax.training._labels import balanced
 
 N, D, K = 48, 6, 3
@@ -45,7 +55,7 @@ def test_the_first_step_of_a_bank(rows, drawn):
     for name in ("w2", "cw2"):
         got = run(teacher=bank, metric=name, **options).history[0]["distillation_loss"]
         student = mlp()(X)
-        chosen = jax.random.randint(jax.random.fold_in(keys(0), 1), (drawn,), 0, 80)
+        chosen = jax.random.randint(jax.random.fold_in(keys(0), 2**32 - 1), (drawn,), 0, 80)
         z, y = SEEN.features[chosen], OTHER_Y[chosen]
         if name == "w2":
             expected = losses.w2(student.features, z)
@@ -133,6 +143,24 @@ def test_a_metric_of_ones_own():
         ({"teacher": Bank(SEEN.features), "metric": "jw2"}, "needs the bank's logits"),
         ({"teacher": BANK, "metric": None}, "and metric is missing"),
         (
+            {"teacher": Bank(SEEN.features, labels=OTHER_Y + 90), "metric": "cw2"},
+            "the bank's labels",
+        ),
+        (
+            {"teacher": Bank(SEEN.features, labels=OTHER_Y - 5), "metric": "cw2"},
+            "the bank's labels",
+        ),
+        (
+            {"teacher": Bank(SEEN.features, labels=0 * OTHER_Y - 1), "metric": "cw2"},
+            "bank's labels",
+        ),
+        (
+            {"teacher": class_statistics(SEEN.features, OTHER_Y + 4), "metric": "gaussian-cw2"},
+            "the statistics are of no class from 0 to 2",
+        ),
+        ({"teacher": BANK, "teacher_variables": ({}, {})}, "teacher_variables are those of a netw"),
+        ({"teacher": BANK, "metric": "cw2", "unlabelled": "teacher"}, "for the same images"),
+        (
             {"teacher": BANK, "transfer": (X, Outputs(X)), "transfer_batch_size": 16},
             "there is another teacher",
         ),
@@ -160,7 +188,31 @@ def test_a_wrong_bank_is_named(options, error, message):
 
 def test_a_metric_of_samples_refuses_statistics():
     out = Outputs(SEEN.features)
-    with pytest.raises(ValueError, match="draw rows from them"):
+    with pytest.raises(ValueError, match="give a key to draw rows with"):
         losses.get_metric("w2")(out, STATISTICS)
     value = losses.get_metric("gaussian-w2")(out, STATISTICS)
     np.testing.assert_allclose(value, 0, atol=1e-4)
+
+
+def test_a_sum_takes_statistics_for_one_and_rows_for_the_other():
+    options = {"batch_size": N, "max_steps": 1, "optimizer": optax.sgd(0.0)}
+    record = run(teacher=STATISTICS, metric="gaussian-w2+w2", **options).history[0]
+    z = mlp()(X).features
+    np.testing.assert_allclose(
+        record["distillation_loss/gaussian-w2"], losses.gaussian_w2(z, STATISTICS), rtol=1e-4
+    )
+    assert record["distillation_loss/w2"] > 0
+    value, _ = losses.distillation_loss(
+        mlp()(X), STATISTICS, Y, metric="gaussian-w2", coef=1.0, task_coef=0.0
+    )
+    np.testing.assert_allclose(value, losses.gaussian_w2(z, STATISTICS), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [BANK, STATISTICS, SEEN, ema_teacher()],
+    ids=["bank", "statistics", "outputs", "average"],
+)
+def test_steps_say_that_these_are_teachers_of_fit(teacher):
+    with pytest.raises(TypeError, match="are teachers of fit"):
+        make_train_step(from_nnx(mlp()), teacher, optax.sgd(0.1), metric="w2")

@@ -34,7 +34,7 @@ FAULTS = [
     ((X[:40], Y), "40 inputs, but 48 labels"),
     ((X, np.where(Y == 2, -2, Y)), "labels must be class numbers from 0 to 2, got -2"),
     ((X, Y + 1), "labels must be class numbers from 0 to 2, got 3"),
-    ((X, Y * 0.9), "labels must be integers, got float64: mixed labels"),
+    ((X, Y * 0.9), "labels must be integers, got float64: distributions"),
     ((X, Y.astype(np.float32)), "labels must be integers, got float32"),
     ((X, Y.astype(np.int64) + 2**40), "do not fit into 32 bits"),
     ((X[:0], Y[:0]), "has no examples"),

@@ -51,7 +51,7 @@ def test_the_rules():
     np.testing.assert_array_equal(classes_for(None, labels, student, None), even)
     unsure = teacher._replace(logits=None)
     np.testing.assert_array_equal(classes_for(None, labels, student, unsure), even)
-    with pytest.raises(ValueError, match="takes the teacher's logits, and there are none"):
+    with pytest.raises(ValueError, match="logits for the same images, and there"):
         classes_for("teacher", labels, student, unsure)
 
 
@@ -159,6 +159,18 @@ def test_no_labels_at_all(labels, caplog):
     assert "train_accuracy" not in run(batches, **options | {"coef": 1.0}).history[-1]
 
 
+def test_auto_is_one_for_batches_without_labels(caplog):
+    batches = [(X[i : i + 16], None) for i in range(0, N, 16)]
+    last = run(batches, teacher=mlp(0), metric="l2", coef="auto").history[-1]
+    assert last["coef"] == 1 and "no example has a label" in caplog.text
+
+
+@pytest.mark.parametrize("data", [(X, None), [(X[:16], None)], [(X[:16], np.full(16, -1))]])
+def test_there_must_be_something_to_learn_from(data):
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        run(data)
+
+
 def test_training_accuracy_is_that_of_the_rows_with_a_label():
     batches = [(X[:16], Y[:16]), (X[16:32], np.full(16, -1)), (X[32:], Y[32:])]
     some = run(batches, optimizer=optax.sgd(0.0), epochs=1).history[-1]
@@ -224,6 +236,23 @@ def test_preprocess_may_mix_examples_and_labels():
     result = run((X, Y), preprocess=mixup, eval_data=(X, Y), teacher=mlp(0), **options)
     assert result.history[-1]["test_accuracy"] > 0.9 and {True, False} == set(seen)
     assert result.history[-1]["task_loss"] < result.history[0]["task_loss"]
+
+
+def test_one_hot_coding_of_no_label_is_no_label():
+    coded = lambda x, labels, keys: (x, jax.nn.one_hot(labels, K))  # noqa: E731
+    options = {"batch_size": N, "max_steps": 1, "teacher": mlp(0), "metric": "cw2", "coef": 0.1}
+    plain, mixed = (
+        run((X, SOME), preprocess=function, **options).history[0] for function in (None, coded)
+    )
+    for name in ("task_loss", "train_accuracy", "distillation_loss"):
+        np.testing.assert_allclose(plain[name], mixed[name], rtol=1e-5)
+
+
+def test_a_preprocess_of_three_arguments():
+    with pytest.raises(TypeError, match=r"must return \(x, labels\)"):
+        run((X, Y), preprocess=lambda x, labels, keys: x)
+    seen = run((X, Y), preprocess=lambda x, labels, keys=None: (x, labels))
+    same(seen, run((X, Y)))
 
 
 # --- A transfer set ----------------------------------------------------------------------------
@@ -323,10 +352,16 @@ def test_four_devices_mix_both_alike():
     np.testing.assert_allclose(four.history[-1]["loss"], one.history[-1]["loss"], rtol=1e-4)
 
 
-def test_batches_with_labels_and_a_transfer_set():
+def test_batches_with_labels_and_a_transfer_set(tmp_path):
     batches = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 24, 8)]
     result = run(batches, transfer=TX, teacher=mlp(0), **TRANSFER)
     assert result.history[-1]["step"] == 6 and np.isfinite(result.history[-1]["distillation_loss"])
+    run(batches, transfer=TX, teacher=mlp(0), checkpoint_dir=tmp_path, **TRANSFER)
+    with pytest.raises(ValueError, match="stored outputs and transfer set"):
+        run(batches, transfer=TX + 1, teacher=mlp(0), checkpoint_dir=tmp_path, **TRANSFER)
+    stored = [(*batch, mlp(0)(batch[0])) for batch in batches]
+    with pytest.raises(ValueError, match="there are others or a transfer set"):
+        run(stored, transfer=TX, teacher=mlp(0), **TRANSFER)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +375,14 @@ def test_batches_with_labels_and_a_transfer_set():
         ({"transfer": TX, "teacher": mlp(0), "transfer_batch_size": 18}, "not split evenly over 4"),
         ({"transfer": (TX[:40], SEEN), "teacher": None}, "must have a row for each"),
         ({"transfer": TX, "teacher": mlp(0), "metric": None}, "and metric is missing"),
+        (
+            {"transfer": TX, "teacher": mlp(0), "unlabelled": "drop"},
+            "leaves the whole transfer set",
+        ),
+        ({"transfer": TX.astype(np.float16), "teacher": mlp(0)}, "must be as those of data"),
+        ({"transfer": TX[:, :4], "teacher": mlp(0)}, "must be as those of data"),
+        ({"transfer": (TX, Y), "teacher": mlp(0)}, r"transfer is x, or \(x, Outputs\)"),
+        ({"transfer": (TX, None), "teacher": mlp(0)}, r"transfer is x, or \(x, Outputs\)"),
     ],
 )
 def test_mistakes_of_a_transfer_set_are_named(options, message):

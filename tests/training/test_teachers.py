@@ -118,7 +118,10 @@ SEEN = mlp(0)(X)
         ({"teacher": Outputs(SEEN.features), "metric": "kd"}, "needs the teacher's logits"),
         ({"data": [(X[:16], Y[:16])], "teacher": SEEN}, "an iterable's batches bring their own"),
         ({"data": (X, Y, SEEN), "teacher": mlp(0)}, "data brings the teacher's outputs, and there"),
-        ({"data": (X, Y, {"logits": SEEN.logits})}, "outputs are features, and perhaps logits"),
+        (
+            {"data": (X, Y, {"logit": SEEN.logits})},
+            "outputs are features, logits and maps, or some",
+        ),
     ],
 )
 def test_mistakes_of_stored_outputs_are_named(options, message):
@@ -160,12 +163,19 @@ def test_an_ensemble_teaches():
         ([], None, "takes models and a weight > 0 for each, got 0 models"),
         ([mlp()], [1, 2], "got 1 models and weights"),
         ([mlp(), mlp()], [1, 0], "a weight > 0 for each"),
+        ([mlp(), mlp()], [1, np.inf], "a weight > 0 for each"),
         ([Tiny()], None, "brings no trained variables"),
     ],
 )
 def test_mistakes_of_ensembles_are_named(given, weights, message):
     with pytest.raises(ValueError, match=message):
         ensemble(given, weights=weights)
+
+
+def test_an_ensemble_of_unequal_classes_is_named():
+    other = models.MLP((8, 5), 4, in_features=D, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"ensemble have \[3, 4\] classes"):
+        kd2m_jax.outputs(ensemble([mlp(), other]), X)
 
 
 # --- The student's own average -----------------------------------------------------------------
@@ -213,6 +223,20 @@ def test_the_average_of_batch_statistics_and_of_a_population():
         chex.assert_trees_all_close(result.state.average, own.state.average, rtol=1e-4, atol=1e-5)
     means = jax.tree.leaves(both[0].state.average[1])
     assert any(np.abs(mean).max() > 0 for mean in means)
+
+
+def test_the_average_moves_in_half_precision():
+    def apply(params, state, x, *, train, rng):
+        features = x @ params.astype(jnp.float32)
+        return Outputs(features, features), state
+
+    start = jnp.ones((D, K), jnp.bfloat16)
+    student = Network(lambda key, x: (start, {}), apply)
+    options = {"epochs": 10, "batch_size": 16, "optimizer": optax.sgd(0.05), "metric": "l2"}
+    state = fit(student, (X, Y), teacher=ema_teacher(0.999), coef=0.1, **options).state
+    average, _ = state.average
+    assert state.params.dtype == jnp.bfloat16 and average.dtype == jnp.float32
+    assert 0 < jnp.abs(average - 1).max() < jnp.abs(state.params - 1).max()
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, "0.9", float("nan")])
