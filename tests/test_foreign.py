@@ -68,6 +68,7 @@ def test_captured_outputs_are_the_layers(name):
         assert out.maps[0].shape == (32, 8, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n == "resnet" else pytest.mark.slow) for n in READINGS]
 )
@@ -93,6 +94,7 @@ def test_twenty_steps_unedited(name):
     assert np.isfinite(taught.history[-1]["loss"])
 
 
+@pytest.mark.slow
 def test_the_captured_students_batch_statistics_move_and_its_checkpoint_is_read(tmp_path):
     network = capture(resnet(), features="blocks.1")
     options = {"batch_size": 16, "epochs": 2, "optimizer": optax.sgd(0.05)}
@@ -165,6 +167,7 @@ def test_a_layer_that_is_not_called():
 # --- Equinox -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_equinox_network():
     eqx = pytest.importorskip("equinox")
     net, state = equinox_net(jax.random.key(0))

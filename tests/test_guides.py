@@ -1,5 +1,6 @@
 """The pages of docs/: what they show runs."""
 
+import functools
 import json
 import pathlib
 import re
@@ -70,6 +71,7 @@ def space():
     return names | {
         "fit": few_steps,
         "np": np,
+        "functools": functools,
         "losses": losses,
         "x": x,
         "y": y,
@@ -99,6 +101,7 @@ def test_the_table_is_read():
     assert len(LINES) >= 18 and len({code for _, code in LINES}) == len(LINES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "code"), LINES, ids=[what for what, _ in LINES])
 def test_a_line_of_the_table_runs(what, code, space):
     if "equinox" in code:
@@ -116,6 +119,7 @@ def test_a_line_of_the_table_runs(what, code, space):
         assert np.all(np.isfinite(got))
 
 
+@pytest.mark.slow
 def test_few_labels():
     """On clouds instead of MNIST: the lines are those of the study."""
     x, _, y = draw("clustered", 400, 784, classes=10)
@@ -136,6 +140,7 @@ def test_few_labels():
         assert f"{accuracies.mean():.1f}% ± {accuracies.std(ddof=1):.1f}" in PAGE
 
 
+@pytest.mark.slow
 def test_no_pairs_at_all():
     """On clouds instead of MNIST: the lines are those of the study."""
     x, _, y = draw("clustered", 256, 20, classes=3)
@@ -168,3 +173,22 @@ def test_a_teacher_in_torch():
     exec(BLOCKS["A teacher in torch"], space)
     value = losses.l2(space["seen"].features, space["seen"].features)
     assert value == 0 and np.isfinite(space["result"].history[-1]["loss"])
+
+
+@pytest.mark.slow
+def test_using_the_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
+    student = models.resnet8(3, in_channels=1, rngs=nnx.Rngs(0))
+    student.eval()
+    space = {"jax": jax, "nnx": nnx, "pathlib": pathlib, "student": student, "x": images}
+    pytest.importorskip("flatbuffers")
+    exec(BLOCKS["Using the student"], space)
+    program = jax.export.deserialize(bytearray(pathlib.Path("student.jax").read_bytes()))
+    for n in (6, 1):
+        np.testing.assert_allclose(program.call(images[:n]), student(images[:n]).logits, atol=1e-5)
+    pytest.importorskip("safetensors")
+    for block in re.findall(r"```python\n((?:.*\n)*?)```", PAGE.partition("## Its weights")[2]):
+        exec(block, space)
+    np.testing.assert_allclose(space["again"](images).logits, student(images).logits, atol=1e-5)
+    assert len([line for line in BLOCKS["Using the student"].splitlines() if line]) <= 6

@@ -365,24 +365,6 @@ def _single(name: str, on: str, options: dict[str, Any]) -> Metric:
     return metric
 
 
-def resolve(metric: Metric | MetricSum | str | None) -> Metric | MetricSum | None:
-    """Return a metric by whatever it was given: itself, its name, or none."""
-    if isinstance(metric, str):
-        return None if metric == "none" else get_metric(metric)
-    function = getattr(metric, "func", metric)  # of a functools.partial
-    names = [name for name, info in METRICS.items() if info.function is function]
-    if names:
-        raise TypeError(
-            f"losses.{function.__name__} compares arrays, and a metric compares two networks' "  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-            f"Outputs: give its name, metric={names[0]!r}, or losses.get_metric({names[0]!r}, ...)"
-        )
-    if isinstance(metric, list | tuple):
-        raise TypeError("several metrics at once are one as 'kd+cw2' or losses.metric_sum([...])")
-    if metric is not None and not callable(metric):
-        raise TypeError(f"metric must be a name or a losses.Metric, got {type(metric)}")
-    return metric
-
-
 def _try_out(metric: Metric) -> None:
     """Trace the metric once on a tiny batch, so that a bad option shows here and not later."""
 

@@ -18,7 +18,8 @@ from kd2m_jax.losses._checks import (
     row_mean,
     several_classes,
 )
-from kd2m_jax.losses._metrics import Metric, MetricSum, as_outputs, resolve
+from kd2m_jax.losses._metrics import MetricSum, as_outputs
+from kd2m_jax.losses._resolve import AnyMetric, compared, resolve
 from kd2m_jax.losses._statistics import ClassStatistics
 
 
@@ -51,7 +52,7 @@ def distillation_loss(
     teacher: Outputs | ClassStatistics,
     labels: ArrayLike,
     *,
-    metric: Metric | MetricSum | str | None,
+    metric: AnyMetric,
     coef: jax.Array | float,
     task_coef: jax.Array | float = 1.0,
     key: jax.Array | None = None,
@@ -65,7 +66,9 @@ def distillation_loss(
         over the others (0 without any), and a conditional metric leaves it out. Other numbers
         make the loss NaN. Or ``[n, k]`` floating, each row a distribution over the classes; a
         conditional metric then takes the most probable one.
-      metric: a name, a `Metric`, a `MetricSum`, or None (or "none") for the cross-entropy alone.
+      metric: a name, a `Metric`, a `MetricSum`, one of the losses, a function
+        ``(student, teacher, labels) -> scalar`` of your own, or None (or "none") for the
+        cross-entropy alone.
       coef: >= 0, the weight lambda of the distance; may be traced.
       task_coef: >= 0, the weight of the cross-entropy; may be traced.
       key: a PRNG key, for metrics that draw.
@@ -115,7 +118,7 @@ def distance(
     student: Outputs,
     teacher: Outputs | ClassStatistics,
     labels: ArrayLike | None,
-    metric: Metric | MetricSum | str | None,
+    metric: AnyMetric,
     *,
     key: jax.Array | None = None,
     **apart: Any,
@@ -124,14 +127,14 @@ def distance(
 
     ``apart`` is ``labels_t``, where the teacher's rows are of other examples.
     """
-    metric = resolve(metric)
+    found = resolve(metric)
     teacher = jax.lax.stop_gradient(teacher)
-    if metric is None:
+    if found is None:
         return jnp.zeros((), jnp.float32), {}
-    if isinstance(metric, MetricSum):
-        parts = metric.parts(student, teacher, labels, key=key, **apart)
-        return metric.weigh(parts), parts
-    return metric(student, teacher, labels, key=key, **apart), {}
+    if isinstance(found, MetricSum):
+        parts = found.parts(student, teacher, labels, key=key, **apart)
+        return found.weigh(parts), parts
+    return compared(found, student, teacher, labels, key=key, **apart), {}
 
 
 def classes_of(labels: ArrayLike) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Apply, Network, Tree
 from kd2m_jax.losses import Metric, MetricSum
-from kd2m_jax.losses._metrics import as_outputs, resolve
+from kd2m_jax.losses._metrics import as_outputs
 from kd2m_jax.losses._objective import (
     LossTerms,
     classes_of,
@@ -22,6 +22,7 @@ from kd2m_jax.losses._objective import (
     distance,
     student_logits,
 )
+from kd2m_jax.losses._resolve import AnyMetric, resolve
 from kd2m_jax.teachers import Memory
 from kd2m_jax.training._auto_coef import auto_ratio, balanced_gradients
 from kd2m_jax.training._labels import Unlabelled, check_rule, classes_for, needs_labels
@@ -98,7 +99,7 @@ class Objective:
       unlabelled: the class that a conditional metric takes where there is no label.
     """
 
-    metric: Metric | MetricSum | None
+    metric: Metric | MetricSum | Callable | None
     coef: Coef
     task_coef: Coef
     ratio: float | None = None
@@ -106,13 +107,13 @@ class Objective:
 
 
 def objective(
-    metric: Metric | MetricSum | str | None,
+    metric: AnyMetric,
     coef: Coef | str,
     task_coef: Coef,
     unlabelled: Unlabelled,
 ) -> Objective:
     """Check what a student is to minimise; ValueError for what cannot be."""
-    metric, ratio = resolve(metric), None
+    found, ratio = resolve(metric), None
     unlabelled = check_rule(unlabelled)
     if isinstance(coef, str):
         ratio, coef = auto_ratio(coef), 0.0
@@ -126,7 +127,7 @@ def objective(
         if not weight >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
     return Objective(
-        metric=metric, coef=coef, task_coef=task_coef, ratio=ratio, unlabelled=unlabelled
+        metric=found, coef=coef, task_coef=task_coef, ratio=ratio, unlabelled=unlabelled
     )
 
 
@@ -302,7 +303,7 @@ def step_body(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | MetricSum | str | None,
+    metric: AnyMetric,
     coef: Coef | str,
     task_coef: Coef,
     unlabelled: Unlabelled = None,

@@ -215,7 +215,10 @@ def fit(
         student predicts), "balanced" (the same after Sinkhorn balancing of the batch's unlabelled
         examples to equal shares of the classes) or ``("balanced", shares)``. None is "teacher"
         where the teacher has logits for the same images, else "balanced".
-      metric: a name from ``losses.METRICS`` or a `losses.Metric`; None for cross-entropy alone.
+      metric: a name from ``losses.METRICS``, a `losses.Metric`, one of the losses
+        (``losses.cw2``), or a function ``(student: Outputs, teacher: Outputs, labels) -> scalar``
+        of your own, which gets ``key`` and ``labels_t`` if it names them; None for cross-entropy
+        alone.
       coef: >= 0, lambda, a number or an optax schedule of the step; or "auto:RATIO", which keeps
         its part of the gradient at RATIO times the cross-entropy's (see `make_train_step`).
         Without any label that is 1.

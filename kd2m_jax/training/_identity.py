@@ -17,7 +17,7 @@ import optax
 from kd2m_jax.errors import CheckpointError
 from kd2m_jax.losses import METRICS, Metric, MetricSum
 from kd2m_jax.losses._checks import PER_CALL
-from kd2m_jax.losses._metrics import resolve
+from kd2m_jax.losses._resolve import compared, resolve
 from kd2m_jax.losses._spelling import spelled, terms
 from kd2m_jax.training._auto_coef import auto_ratio
 
@@ -144,9 +144,8 @@ def _options(metric: Any, outputs: Callable[[], tuple[Any, Any]]) -> dict[str, A
     if not isinstance(metric, Metric):
         student, teacher = outputs()
         labels = jnp.zeros(student.logits.shape[0], jnp.int32)
-        named = "labels_t" in inspect.signature(metric).parameters
-        more = {"labels_t": labels} if named else {}
-        call = lambda s, t: metric(s, t, labels, key=jax.random.key(0), **more)  # noqa: E731
+        more = {"labels_t": labels, "key": jax.random.key(0)}
+        call = lambda s, t: compared(metric, s, t, labels, **more)  # noqa: E731
         return {f"{_names(metric)} {_VERSIONS}": _traced(call, student, teacher)}
     given = dict(metric.options)
     return {

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax.adapters import DEVICES, Network
-from kd2m_jax.losses import Metric, MetricSum
+from kd2m_jax.losses._resolve import AnyMetric
 from kd2m_jax.training._body import Coef, step_body
 from kd2m_jax.training._labels import Unlabelled
 from kd2m_jax.training._step import Step, apart
@@ -20,7 +20,7 @@ def pmap_step(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | MetricSum | str | None,
+    metric: AnyMetric,
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     unlabelled: Unlabelled = None,
@@ -101,7 +101,7 @@ def shard_map_step(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | MetricSum | str | None,
+    metric: AnyMetric,
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     unlabelled: Unlabelled = None,

@@ -8,8 +8,8 @@ import optax
 from jax.typing import ArrayLike
 
 from kd2m_jax.adapters import Network, Tree
-from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.losses._checks import are_distributions, integer_labels
+from kd2m_jax.losses._resolve import AnyMetric
 from kd2m_jax.training._body import Batch, Coef, TrainState, step_body
 from kd2m_jax.training._labels import Unlabelled
 from kd2m_jax.training._programs import shared
@@ -80,7 +80,7 @@ def make_train_step(
     teacher: Network | None,
     optimizer: optax.GradientTransformation,
     *,
-    metric: Metric | MetricSum | str | None,
+    metric: AnyMetric,
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     unlabelled: Unlabelled = None,
@@ -96,7 +96,9 @@ def make_train_step(
       teacher: the frozen network, or None to train without one: then the metric is None, or the
         batch brings the teacher's outputs.
       optimizer: an optax optimizer of the student's parameters.
-      metric: a name from ``losses.METRICS``, a `losses.Metric`, or None for cross-entropy alone.
+      metric: a name from ``losses.METRICS``, a `losses.Metric`, one of the losses
+        (``losses.cw2``), a function of your own as `kd2m_jax.fit` takes it, or None for
+        cross-entropy alone.
       coef: >= 0, lambda: a number, an optax schedule of the step number, or "auto:RATIO". That
         keeps the norm of lambda's part of the gradient at RATIO times that of the cross-entropy's
         part, both with respect to all of the student's parameters (a projector's too): the one

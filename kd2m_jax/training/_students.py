@@ -11,12 +11,12 @@ import numpy as np
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Model
 from kd2m_jax.losses import METRICS, ClassStatistics, Metric, MetricSum
-from kd2m_jax.losses._metrics import resolve
+from kd2m_jax.losses._resolve import AnyMetric as AnyMetric
+from kd2m_jax.losses._resolve import resolve
 from kd2m_jax.teachers import Bank, EmaTeacher
 from kd2m_jax.training._body import Coef
 from kd2m_jax.training._labels import needs_labels
 
-AnyMetric: TypeAlias = Metric | MetricSum | str | None
 # Whom a student is compared with.
 Teacher: TypeAlias = Model | Outputs | EmaTeacher | Bank | ClassStatistics | None
 

@@ -197,3 +197,39 @@ def test_the_task_alone():
         assert loss == 2 * terms.task
         log_p = jax.nn.log_softmax(student.logits)
         np.testing.assert_allclose(terms.task, -log_p[jnp.arange(24), labels].mean(), rtol=1e-6)
+
+
+def test_a_loss_is_a_metric_and_so_is_a_function_of_ones_own():
+    *networks, labels = batch()
+
+    def value(metric):
+        total, terms = losses.distillation_loss(*networks, labels, metric=metric, coef=1.0, key=KEY)
+        assert total == terms.task + terms.distillation
+        return terms.distillation
+
+    partial = functools.partial
+    for given, name in (
+        (losses.cw2, "cw2"),
+        (losses.mmd, "mmd-rbf"),
+        (losses.sw2, "sw2"),
+        (partial(losses.w2, solver="sinkhorn", epsilon=0.1), "w2:solver=sinkhorn:epsilon=0.1"),
+        (partial(losses.mmd, kernel="linear"), "mmd-linear"),
+    ):
+        assert value(given) == value(name)
+        assert losses._resolve.resolve(given) == losses.get_metric(name)
+
+    def plain(student, teacher, labels):
+        return jnp.mean(student.features - teacher.features) ** 2
+
+    def drawing(student, teacher, labels, *, key):
+        return plain(student, teacher, labels) + 0 * jax.random.uniform(key)
+
+    def open_to_all(student, teacher, labels, **given):
+        assert given["key"] is KEY
+        return plain(student, teacher, labels)
+
+    expected = jnp.mean(networks[0].features - networks[1].features) ** 2
+    for metric in (plain, drawing, open_to_all):
+        np.testing.assert_allclose(value(metric), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="unknown solver 'no'"):
+        value(partial(losses.w2, solver="no"))

@@ -35,7 +35,11 @@ LOSSES = {
     },
 }
 TOLERANCES = {"cw2": 2e-3, "cw2-sinkhorn": 2e-2}
-every = pytest.mark.parametrize("name", LOSSES)
+# One of each kind; the others are walked with the slow tests.
+FAST = ("cw2", "gaussian-cw2", "cmmd-energy")
+every = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LOSSES]
+)
 
 
 def single(*arrays):
@@ -81,6 +85,7 @@ def test_the_value_is_the_mean_over_the_classes_that_both_have(name):
         assert np.any(gradient[np.isin(labels, SHARED)])
 
 
+@pytest.mark.slow
 @every
 def test_other_classes_and_the_order_of_rows_count_for_nothing(name):
     value, gradients = of(name, Z_S, Z_T, Y_S, Y_T)
@@ -93,6 +98,7 @@ def test_other_classes_and_the_order_of_rows_count_for_nothing(name):
         np.testing.assert_allclose(got, whole, rtol=0, atol=5 * rtol * np.abs(whole).max())
 
 
+@pytest.mark.slow
 @every
 def test_with_the_same_examples_it_is_the_paired_loss(name):
     rows = np.arange(len(Y_S))
@@ -118,6 +124,7 @@ def test_a_step_against_the_gradient_lowers_it(name):
     np.testing.assert_allclose(value - lower, 0.05 * value, rtol=0.25)
 
 
+@pytest.mark.slow
 def test_the_plan_of_unequal_sides():
     value, info = losses.cw2(*single(Z_S, Z_T), Y_S, labels_t=Y_T, has_aux=True)
     assert info.coupling.shape == (len(Y_S), len(Y_T)) and info.converged

@@ -28,8 +28,20 @@ OPTIONS = {
     "gaussian-ckl": ({}, {"covariance": "diagonal"}, {"direction": "teacher_student"}),
 }
 CASES = [(name, options) for name, several in OPTIONS.items() for options in several]
+# One of each kind; the others are walked with the slow tests.
 every = pytest.mark.parametrize(
-    ("name", "options"), CASES, ids=["-".join([n, *o.values()]) for n, o in CASES]
+    ("name", "options"),
+    [
+        pytest.param(
+            name,
+            options,
+            id="-".join([name, *options.values()]),
+            marks=()
+            if name in ("gaussian-w2", "gaussian-ckl") and not options
+            else pytest.mark.slow,
+        )
+        for name, options in CASES
+    ],
 )
 
 
@@ -80,6 +92,7 @@ def test_statistics_are_as_good_as_the_rows(name, options):
         np.testing.assert_allclose(of(name, DIAGONAL, options)[0], rows, rtol=rtol)
 
 
+@pytest.mark.slow
 def test_the_values_are_those_of_the_oracles():
     by_class = lambda f: np.mean([f(Z_S[c == Y_S], Z_T[c == Y_T]) for c in SHARED])  # noqa: E731
     found = {
@@ -95,6 +108,7 @@ def test_the_values_are_those_of_the_oracles():
         np.testing.assert_allclose(of(name, FULL, {})[0], expected, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 @every
 def test_rows_that_do_not_count(name, options):
     where = np.arange(len(Y_S)) % 3 != 1
@@ -109,6 +123,7 @@ def test_rows_that_do_not_count(name, options):
     assert nothing == 0 and not np.any(none)
 
 
+@pytest.mark.slow
 @every
 def test_one_sample_and_a_batch_smaller_than_the_features(name, options):
     function = losses.METRICS[name].function
@@ -119,6 +134,7 @@ def test_one_sample_and_a_batch_smaller_than_the_features(name, options):
         assert np.isfinite(value) and np.isfinite(gradient).all() and np.any(gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_scales(scale):
     for name in OPTIONS:

@@ -6,12 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from walk import VARIANTS, batch, variants, walked
+from walk import VARIANTS, batch, label, walked
 
 from kd2m_jax import Outputs, losses
 
 KEY = jax.random.key(0)
 KEEP = np.random.default_rng(1).random(24) < 0.6
+# One of each kind; the others are walked with the slow tests.
+FAST = ("w2", "cw2", "gaussian-kl")
+few = pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(*v, id=label(*v), marks=() if v[0] in FAST and not v[1] else pytest.mark.slow)
+        for v in VARIANTS
+    ],
+)
 CONDITIONAL = [v for v in VARIANTS if "labels" in losses.METRICS[v[0]].needs]
 
 
@@ -43,7 +52,7 @@ def assert_same(got, expected, keep, rtol):
         np.testing.assert_allclose(g[keep], e, rtol=0, atol=rtol * np.abs(e).max() + 1e-12)
 
 
-@variants
+@few
 def test_rows_left_out_are_not_there(name, options):
     metric, (student, teacher, labels) = losses.get_metric(name, **options), batch()
     there = jax.tree.map(lambda a: a[KEEP], (student, teacher, labels))
@@ -63,7 +72,7 @@ def test_rows_without_a_class_are_not_there(name, options):
     assert np.isnan(metric(student, teacher, wrong, key=KEY))
 
 
-@variants
+@few
 def test_nothing_left_is_zero(name, options):
     metric, (student, teacher, labels) = losses.get_metric(name, **options), batch()
     value, gradients = evaluated(metric, student, teacher, labels, jnp.zeros(24, bool))
@@ -115,6 +124,7 @@ def test_bandwidths_of_the_rows_that_count(bandwidth):
     np.testing.assert_allclose(got, losses.mmd(s[KEEP], t[KEEP], bandwidth=bandwidth), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_plan_of_rows_left_out_is_empty():
     student, teacher, _ = batch()
     for solver in ("exact", "sinkhorn", "ipot"):
@@ -125,6 +135,7 @@ def test_the_plan_of_rows_left_out_is_empty():
         np.testing.assert_allclose(info.coupling.sum(), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_vmap():
     student, teacher, labels = batch()
     rows = np.stack([KEEP, ~KEEP])

@@ -48,7 +48,9 @@ def keys(step):
     return metric
 
 
-@pytest.mark.parametrize(("rows", "drawn"), [(None, 48), (20, 20)])
+@pytest.mark.parametrize(
+    ("rows", "drawn"), [pytest.param(None, 48, marks=pytest.mark.slow), (20, 20)]
+)
 def test_the_first_step_of_a_bank(rows, drawn):
     bank = Bank(SEEN.features, labels=OTHER_Y, rows=rows)
     options = {"batch_size": N, "max_steps": 1, "optimizer": optax.sgd(0.0)}
@@ -75,10 +77,7 @@ def test_known_classes_are_used():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=() if n in ("w2", "gaussian-kl") else pytest.mark.slow)
-        for n in UNPAIRED
-    ],
+    [pytest.param(n, marks=() if n == "gaussian-kl" else pytest.mark.slow) for n in UNPAIRED],
 )
 @pytest.mark.parametrize("left", ["bank", "statistics"])
 def test_every_metric_that_needs_no_pairs_learns(name, left):
@@ -93,6 +92,7 @@ def test_every_metric_that_needs_no_pairs_learns(name, left):
     assert "train_accuracy" not in history[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [BANK, STATISTICS], ids=["bank", "statistics"])
 def test_devices_draw_alike_and_a_killed_run_goes_on(teacher, tmp_path):
     options = {"teacher": teacher, "metric": "cmmd-linear", "epochs": 4, "log_every": 1}
@@ -108,6 +108,7 @@ def test_devices_draw_alike_and_a_killed_run_goes_on(teacher, tmp_path):
         run(**options | {"teacher": moved}, checkpoint_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_with_a_transfer_set():
     options = {"transfer": X, "transfer_batch_size": 16, "task_coef": 1.0, "batch_size": 8}
     result = run((X[:8], Y[:8]), teacher=BANK, metric="cw2", coef=0.1, **options)
@@ -194,6 +195,7 @@ def test_a_metric_of_samples_refuses_statistics():
     np.testing.assert_allclose(value, 0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sum_takes_statistics_for_one_and_rows_for_the_other():
     options = {"batch_size": N, "max_steps": 1, "optimizer": optax.sgd(0.0)}
     record = run(teacher=STATISTICS, metric="gaussian-w2+w2", **options).history[0]

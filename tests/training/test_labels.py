@@ -130,6 +130,7 @@ def test_a_step_without_any_label():
     assert metrics["distillation_loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["balanced", "own"])
 def test_several_devices_step_as_one(rule):
     # Devices have unequal numbers of labels, and balancing is over the global batch.
@@ -191,6 +192,7 @@ def test_where_labels_are_needed(options, message):
         run((X, SOME), **options)
 
 
+@pytest.mark.slow
 def test_evaluation_counts_the_rows_with_a_label():
     of_some = run((X, Y), eval_data=(X, SOME)).history[-1]
     of_them = run((X, Y), eval_data=(X[SOME >= 0], Y[SOME >= 0])).history[-1]
@@ -220,6 +222,7 @@ def test_wrong_distributions_are_named(labels, message):
         run((X, labels))
 
 
+@pytest.mark.slow
 def test_preprocess_may_mix_examples_and_labels():
     seen = []
 
@@ -238,6 +241,7 @@ def test_preprocess_may_mix_examples_and_labels():
     assert result.history[-1]["task_loss"] < result.history[0]["task_loss"]
 
 
+@pytest.mark.slow
 def test_one_hot_coding_of_no_label_is_no_label():
     coded = lambda x, labels, keys: (x, jax.nn.one_hot(labels, K))  # noqa: E731
     options = {"batch_size": N, "max_steps": 1, "teacher": mlp(0), "metric": "cw2", "coef": 0.1}
@@ -292,6 +296,7 @@ def test_stored_outputs_are_the_networks():
     np.testing.assert_allclose(one.history[-1]["loss"], other.history[-1]["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_row_of_the_transfer_set_is_seen_once_before_any_is_again():
     seen = []
 
@@ -323,6 +328,7 @@ def test_every_row_of_the_transfer_set_is_seen_once_before_any_is_again():
     assert rows[:32] != rows[32:]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_the_transfer_set(tmp_path):
     options = {"transfer": TX, "teacher": mlp(0), "batch_size": 8, "epochs": 4, **TRANSFER}
     options |= {"optimizer": optax.adam(1e-2), "log_every": 1}
@@ -344,6 +350,7 @@ def test_a_killed_run_goes_on_in_the_transfer_set(tmp_path):
             run(few, checkpoint_dir=tmp_path, **options | changed)
 
 
+@pytest.mark.slow
 def test_four_devices_mix_both_alike():
     few = (X[:8], Y[:8])
     options = {"transfer": TX, "teacher": mlp(0), "batch_size": 8, "epochs": 3, **TRANSFER}
@@ -352,6 +359,7 @@ def test_four_devices_mix_both_alike():
     np.testing.assert_allclose(four.history[-1]["loss"], one.history[-1]["loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_batches_with_labels_and_a_transfer_set(tmp_path):
     batches = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 24, 8)]
     result = run(batches, transfer=TX, teacher=mlp(0), **TRANSFER)

@@ -50,6 +50,7 @@ def test_outputs_are_the_models(batch_size):
     chex.assert_trees_all_close(got, Outputs(features, logits), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_outputs_of_maps_and_of_inputs_that_are_a_tree():
     images = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)
     net = models.resnet8(3, in_channels=1, rngs=nnx.Rngs(0))
@@ -88,6 +89,7 @@ def test_stored_outputs_are_as_good_as_the_network():
             np.testing.assert_allclose(last[name], network[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_streams_bring_the_teachers_outputs():
     seen = kd2m_jax.outputs(mlp(0), X)
     rows = [slice(i, i + 16) for i in range(0, N, 16)]
@@ -147,6 +149,7 @@ def test_an_ensemble_is_the_mean_of_probabilities_and_all_features():
         )
 
 
+@pytest.mark.slow
 def test_an_ensemble_teaches():
     both = ensemble([mlp(0), from_nnx(mlp(2))])
     result = run(teacher=both, metric="kd", coef=1.0, epochs=10)
@@ -199,6 +202,7 @@ def test_the_average_is_the_exponential_one():
     assert max(record["distillation_loss"] for record in zero) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_average(tmp_path):
     options = {"teacher": ema_teacher(0.9), "metric": "w2", "epochs": 4, "log_every": 1}
     whole = run(**options)
