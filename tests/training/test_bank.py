@@ -86,10 +86,11 @@ def test_every_metric_that_needs_no_pairs_learns(name, left):
     teacher = BANK if left == "bank" else STATISTICS
     coef = 0.02 if name == "mmd-polynomial" or name == "cmmd-polynomial" else 1.0
     options = {"metric": name, "coef": coef, "epochs": 15, "batch_size": N}
-    history = run(teacher=teacher, optimizer=optax.adam(0.02), log_every=1, **options).history
+    # With labels, because what a student predicts of itself moves with it.
+    options |= {"optimizer": optax.adam(0.02), "log_every": 1}
+    history = run((X, Y), teacher=teacher, **options).history
     losses_of = [record["distillation_loss"] for record in history]
     assert np.isfinite(losses_of).all() and np.mean(losses_of[-3:]) < np.mean(losses_of[:3])
-    assert "train_accuracy" not in history[-1]
 
 
 @pytest.mark.slow
