@@ -29,6 +29,9 @@ def capture(
 ) -> Network:
     """Make a network of a module that is not written for us: layers' outputs by their paths.
 
+    An NNX layer that is called inside `nnx.scan`, `nnx.jit` or `nnx.remat` cannot be read: what it
+    gives belongs to another program. Name the layer around it.
+
     Args:
       module: an NNX or a Linen module, left as it is. Its call takes x, and ``train``, ``training``
         or ``deterministic`` if its behaviour depends on the mode that way.

@@ -32,17 +32,20 @@ def from_equinox(model: Any, state: Any = None) -> Network:
         ``[d]`` and logits ``[k]`` are wanted.
 
     Example:
-      >>> import equinox as eqx, jax, jax.numpy as jnp  # doctest: +SKIP
-      >>> class Net(eqx.Module):  # doctest: +SKIP
+      >>> import equinox as eqx, jax, jax.numpy as jnp
+      >>> class Net(eqx.Module):
       ...     hidden: eqx.nn.Linear
       ...     head: eqx.nn.Linear
       ...     def __call__(self, x):
       ...         features = jax.nn.relu(self.hidden(x))
       ...         return features, self.head(features)
-      >>> keys = jax.random.split(jax.random.key(0))  # doctest: +SKIP
-      >>> hidden = eqx.nn.Linear(4, 8, key=keys[0])  # doctest: +SKIP
-      >>> net = Net(hidden, eqx.nn.Linear(8, 3, key=keys[1]))  # doctest: +SKIP
-      >>> network = from_equinox(net)  # doctest: +SKIP
+      >>> keys = jax.random.split(jax.random.key(0))
+      >>> hidden = eqx.nn.Linear(4, 8, key=keys[0])
+      >>> net = Net(hidden, eqx.nn.Linear(8, 3, key=keys[1]))
+      >>> network = from_equinox(net)
+      >>> out, _ = network.apply(*network.variables, jnp.ones((2, 4)), train=False)
+      >>> out.features.shape, out.logits.shape
+      ((2, 8), (2, 3))
     """
     try:
         import equinox as eqx

@@ -270,7 +270,9 @@ def fit(
         save_every, a batch larger than the data or not divisible by the number of devices, data,
         batches or eval_data that are not what they should be (the message says which, and what
         is wrong), a class too small for per_class, arrays that the device cannot hold, a teacher
-        without a metric or the reverse; CheckpointError, which is one, for a checkpoint of another
+        without a metric or the reverse, neither labels nor a teacher, a transfer set without
+        one, an unknown ``unlabelled``, a metric that a bank or statistics cannot serve;
+        CheckpointError, which is one, for a checkpoint of another
         network or another run, for a folder that cannot be written, is in use by another process
         or is the address of a bucket, and for a save that fails.
       TypeError: a model that is none of the three kinds, or returns no logits; labels that are not

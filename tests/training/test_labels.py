@@ -147,12 +147,13 @@ def test_several_devices_step_as_one(rule):
 
 @pytest.mark.parametrize("labels", [None, np.full(N, -1)])
 def test_no_labels_at_all(labels, caplog):
-    options = {"teacher": mlp(0), "metric": "cw2", "task_coef": 0, "coef": "auto"}
+    options = {"teacher": mlp(0), "metric": "cw2", "task_coef": 0, "coef": "auto", "epochs": 8}
+    options |= {"optimizer": optax.adam(0.01)}
     result = run((X, labels), **options)
     assert "no example has a label" in caplog.text
     last = result.history[-1]
     assert "train_accuracy" not in last and last["task_loss"] == 0 and last["coef"] == 1
-    assert last["distillation_loss"] < result.history[0]["distillation_loss"] or last["step"] == 6
+    assert last["distillation_loss"] < result.history[0]["distillation_loss"]
     same(result, run((X, labels), **options | {"coef": 1.0}))
     # As arrays, a dict or batches without labels.
     same(result, run({"image": X} if labels is None else {"x": X, "y": labels}, **options))
