@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kd2m_jax.adapters import Network as Network
     from kd2m_jax.adapters import from_linen as from_linen
     from kd2m_jax.adapters import from_nnx as from_nnx
+    from kd2m_jax.callbacks import EarlyStopping as EarlyStopping
+    from kd2m_jax.callbacks import WeightAverage as WeightAverage
     from kd2m_jax.errors import CheckpointError as CheckpointError
     from kd2m_jax.errors import NonFiniteLoss as NonFiniteLoss
     from kd2m_jax.errors import Stopped as Stopped
@@ -49,11 +51,13 @@ _HOMES = {
     "Outputs": "_outputs",
     "TrainState": "training",
     "CheckpointError": "errors",
+    "EarlyStopping": "callbacks",
     "FitResult": "training",
     "NonFiniteLoss": "errors",
     "Stopped": "errors",
     "Bank": "teachers",
     "ClassStatistics": "losses",
+    "WeightAverage": "callbacks",
     "capture": "_capture",
     "class_statistics": "losses",
     "ema_teacher": "teachers",

@@ -147,6 +147,10 @@ class EmaTeacher:
 
     decay: float
 
+    def kept(self, step: jax.Array) -> float:
+        """Return how much of the average stays at a step."""
+        return self.decay
+
 
 def ema_teacher(decay: float = 0.999) -> EmaTeacher:
     """Make the student's own moving average its teacher (mean teacher).

@@ -68,9 +68,10 @@ def space():
         return kd2m_jax.Outputs(features, features @ params["h"]), state
 
     names = {name: getattr(kd2m_jax, name) for name in kd2m_jax.__all__}
+    names |= {"jax": jax, "jnp": jnp, "np": np, "optax": optax}
+    exec(BLOCKS["Another task"], names)
     return names | {
         "fit": few_steps,
-        "np": np,
         "functools": functools,
         "losses": losses,
         "x": x,
@@ -78,6 +79,10 @@ def space():
         "x_few": x[:16],
         "y_few": y[:16],
         "known": np.arange(160) % 2 == 0,
+        "loader": [{"image": x[i : i + 32], "label": y[i : i + 32]} for i in range(0, 160, 32)],
+        "pairs": list(zip(x, y, strict=True)),
+        "targets": x[:, :3] ** 2,
+        "tags": (x[:, :3] > 0).astype(np.float32),
         "soft": np.eye(3)[y] * 0.9 + 0.1 / 3,
         "student": mlp(0),
         "teacher": teacher,
@@ -108,6 +113,8 @@ def test_a_line_of_the_table_runs(what, code, space):
         pytest.importorskip("equinox")
         net, state = equinox_net(jax.random.key(0), size=4)
         space = space | {"equinox_net": net, "its_state": state}
+    if "MapDataset" in code:
+        space = space | {"MapDataset": pytest.importorskip("grain").MapDataset}
     got = eval(code, space)
     if code.startswith("layers"):
         assert got is None

@@ -19,7 +19,7 @@ library = pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(
 
 # Lower may not import higher, nor its like: losses <- adapters <- training.
 LAYERS = [
-    ("_outputs", "errors", "_compat", "_compiler", "_batch_norm"),
+    ("_outputs", "errors", "_compat", "_compiler", "_batch_norm", "callbacks"),
     ("losses", "_locks"),
     ("theory", "adapters", "models"),
     ("teachers", "_capture", "_equinox", "_projector"),
@@ -28,11 +28,13 @@ LAYERS = [
 ]
 # The floors of kd2m_jax.training, likewise.
 FLOORS = [
-    ("_processes", "_programs", "_auto_coef", "_records", "_labels", "_preprocess"),
+    ("_processes", "_programs", "_auto_coef", "_averages", "_records", "_labels"),
+    ("_preprocess", "_scores"),
     ("_body",),
     ("_step", "_checkpoints", "_examples"),
-    ("_batches", "_identity", "_students"),
-    ("_parallel", "_evaluation"),
+    ("_streams", "_identity", "_students"),
+    ("_batches", "_parallel", "_evaluation"),
+    ("_source",),
     ("_plan",),
     ("_progress", "_session"),
     ("_fit",),

@@ -1,7 +1,6 @@
 """Where `fit` takes its batches from."""
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +12,18 @@ from kd2m_jax.losses._checks import are_distributions
 from kd2m_jax.training._body import Batch
 from kd2m_jax.training._examples import (
     Arrays,
+    as_arrays,
     check_classes,
     check_memory,
     check_rows,
+    checked,
     dtype_of,
     examples,
     has_labels,
-    on_device,
     stored_outputs,
 )
+from kd2m_jax.training._labels import are_class_numbers
+from kd2m_jax.training._streams import are_arrays, first_batch, length, read_epoch
 
 # What the transfer set's random numbers are folded with, beyond the number of any epoch or step.
 OWN = 2**32 - 1
@@ -59,6 +61,7 @@ class Transfer(NamedTuple):
                     "transfer is x, or (x, Outputs) with the teacher's outputs: it takes no labels"
                 )
             x, teacher = given
+        x, teacher = as_arrays("transfer", (x, teacher))
         check_memory("transfer", (x, teacher), jax.local_devices()[0])
         rows = check_rows("transfer", x)
         if batch_size > rows:
@@ -96,7 +99,9 @@ class Batches:
         here: list[int] | None = None,
         teacher: Outputs | None = None,
         transfer: Transfer | None = None,
+        any_labels: bool = False,
     ):
+        self._any_labels = any_labels  # whatever the caller's own task makes of them
         # Which of the devices are this process's, if not all.
         self._here = None if here is None or len(here) == devices else jnp.asarray(here)
         self._seed, self._devices, self._batch_size = seed, devices, batch_size
@@ -105,7 +110,7 @@ class Batches:
         self.classes: int | None = None
         self._transfer = transfer
         self._shuffled: tuple[int, Any] = (-1, None)
-        if _are_arrays(data):
+        if are_arrays(data):
             first = self._take_arrays(data, teacher)
         else:
             first = self._take_iterable(data, teacher)
@@ -121,13 +126,14 @@ class Batches:
         """Check arrays and put them onto the devices."""
         batch_size, per_class = self._batch_size, self._per_class
         check_memory("data", data, jax.local_devices()[0])
-        all_of_it = examples("data", data)
+        all_of_it = examples("data", data, any_labels=self._any_labels)
         labels = all_of_it.labels
         if all_of_it.teacher is not None and (teacher is not None or self._transfer is not None):
             raise ValueError(_TWO_SOURCES)
         if teacher is not None:
             all_of_it = all_of_it._replace(teacher=stored_outputs("data", teacher, len(labels)))
-        self.has_labels, self.all_labelled = has_labels(labels), _all_numbered(labels)
+        self.has_labels = self._any_labels or has_labels(labels)
+        self.all_labelled = _all_numbered(labels)
         if batch_size > len(labels):
             raise ValueError(f"batch_size {batch_size} is larger than the data ({len(labels)})")
         if per_class is not None and not self.all_labelled:
@@ -152,10 +158,6 @@ class Batches:
 
     def _take_iterable(self, data: Any, teacher: Outputs | None) -> Batch:
         """Check an iterable and return its first batch."""
-        if hasattr(data, "shape"):
-            raise ValueError(
-                "data must be (x, labels) or an iterable of such batches, got one array"
-            )
         if self._per_class is not None:
             raise ValueError("per_class orders arrays; an iterable brings its own batches")
         if teacher is not None:
@@ -164,10 +166,10 @@ class Batches:
                 "(x, labels, outputs) or under 'teacher'"
             )
         self._iterable = data
-        self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
-        first = _first_batch(data)
+        first = first_batch("data", data, any_labels=self._any_labels)
+        self.steps_per_epoch = length(data)
         # What later batches have is not known.
-        self.has_labels, self.all_labelled = has_labels(first.labels), False
+        self.has_labels, self.all_labelled = self._any_labels or has_labels(first.labels), False
         self.settings = {"batches": self.steps_per_epoch}
         if first.teacher is not None and self._transfer is not None:
             raise ValueError(_TWO_SOURCES)
@@ -178,8 +180,10 @@ class Batches:
             first = first._replace(transfer=beside[0], teacher=beside[1])
         return first
 
-    def expect(self, classes: int) -> None:
+    def expect(self, classes: int | None) -> None:
         """Raise ValueError, now or with a later batch, for labels that are none of the classes."""
+        if self._any_labels or classes is None:
+            return
         self.classes = classes
         if self._iterable is None and not are_distributions(self._arrays.labels):
             check_classes("data", self._arrays.labels, classes)
@@ -206,35 +210,36 @@ class Batches:
         """Whether these are arrays on the device."""
         return self._iterable is None
 
-    def epoch(self, epoch: int, steps: int, skip: int = 0, done: int | None = None):
+    def epoch(
+        self,
+        epoch: int,
+        steps: int,
+        skip: int = 0,
+        done: int | None = None,
+        most: int | None = None,
+    ):
         """Pairs of row numbers and the arrays they index.
 
         Row numbers are ``[steps, devices, n / devices]`` of the examples, and the same of the
         transfer set or None. The first ``skip`` steps of the epoch are passed over: a resumed run
         has done them. ``done`` is how many steps the run has done in all, which decides where in
-        the transfer set it is.
+        the transfer set it is; of an iterable no more than ``most`` batches are read.
         """
         done = skip if done is None else done
         if self._iterable is not None:
-            empty = skip == 0
-            drawn = itertools.islice(iter(self._iterable), skip, None)
-            for number, batch in enumerate(drawn, skip + 1):
-                empty = False
-                own = examples(f"batch {number}", batch, self.classes)
-                arrays = jax.tree.map(on_device, own)
+            read = read_epoch("data", self._iterable, epoch, skip=skip, most=most)
+            for number, (name, batch) in enumerate(read):
+                own = checked(name, batch, self.classes, any_labels=self._any_labels)
+                arrays = jax.tree.map(jnp.asarray, own)
                 if self._transfer is not None:
                     x, teacher = self._placed
                     arrays = arrays._replace(transfer=x, teacher=teacher)
                 elif (arrays.teacher is not None) != self.has_outputs:
                     raise ValueError(
-                        f"batch {number}: some batches bring the teacher's outputs and others not"
+                        f"{name}: some batches bring the teacher's outputs and others not"
                     )
                 rows = self._split(jnp.arange(len(own.labels)), 1)
-                yield (rows, self._transfer_rows(done + number - skip - 1, 1)), arrays
-            if empty:
-                raise ValueError(
-                    f"data gave no batch in epoch {epoch + 1}: can it be iterated again?"
-                )
+                yield (rows, self._transfer_rows(done + number, 1)), arrays
             return
         order = self._order(epoch)
         total = len(order) // self._batch_size
@@ -311,16 +316,8 @@ def steps_per_epoch(labels, batch_size: int, per_class: int | None) -> int:
     return int((counts - counts % size).sum()) // batch_size
 
 
-def _are_arrays(data: Any) -> bool:
-    """Tell arrays from an iterable of batches: a pair or a dict with an array in it."""
-    if isinstance(data, Mapping):
-        return True
-    parts = data if isinstance(data, tuple) and len(data) in (2, 3) else ()
-    return any(part is None or hasattr(part, "shape") for part in parts)
-
-
 def _all_numbered(labels: Any) -> bool:
-    return not are_distributions(labels) and bool((np.asarray(labels) >= 0).all())
+    return are_class_numbers(labels) and bool((np.asarray(labels) >= 0).all())
 
 
 def _rows_of(x: Any) -> str:
@@ -333,21 +330,6 @@ def _shapes(part: Any, batch_size: int) -> Any:
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((batch_size, *np.shape(a)[1:]), dtype_of(a)), part
     )
-
-
-def _first_batch(data: Any) -> Batch:
-    """Return the first batch; ValueError where it is not ``(x, labels)``."""
-    first = next(iter(data), None)
-    if first is None:
-        raise ValueError("data gave no batch")
-    if iter(data) is data:
-        raise ValueError(
-            "data is a generator, which can be read only once: pass something that can "
-            "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
-        )
-    if isinstance(data, list) and len(data) == 2 and hasattr(first, "shape"):
-        raise ValueError("data is a list of two arrays: pass them as a tuple (x, labels)")
-    return examples("batch 1", first)
 
 
 def steps_per_call(device, batches: Batches, log_every: int, alone: Callable[[], bool]) -> int:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Apply, Network, Tree
+from kd2m_jax.callbacks import WeightAverage
 from kd2m_jax.losses import Metric, MetricSum
 from kd2m_jax.losses._metrics import as_outputs
 from kd2m_jax.losses._objective import (
@@ -23,12 +24,21 @@ from kd2m_jax.losses._objective import (
     student_logits,
 )
 from kd2m_jax.losses._resolve import AnyMetric, resolve
-from kd2m_jax.teachers import Memory
+from kd2m_jax.teachers import EmaTeacher, Memory
 from kd2m_jax.training._auto_coef import auto_ratio, balanced_gradients
-from kd2m_jax.training._labels import Unlabelled, check_rule, classes_for, needs_labels
+from kd2m_jax.training._averages import averaged, like
+from kd2m_jax.training._labels import (
+    Unlabelled,
+    are_class_numbers,
+    check_rule,
+    classes_for,
+    needs_labels,
+)
 
 # A weight, or an optax schedule of the step number.
 Coef: TypeAlias = float | Callable[[jax.Array], ArrayLike]
+# (Outputs, labels) -> a scalar or [n], in the place of the cross-entropy.
+TaskLoss: TypeAlias = Callable[[Outputs, jax.Array], ArrayLike]
 
 
 class Batch(NamedTuple):
@@ -36,7 +46,8 @@ class Batch(NamedTuple):
 
     Attributes:
       x: inputs, an array or a pytree of arrays with one row per example.
-      labels: ``[n]`` integers, -1 for none, or ``[n, k]`` distributions.
+      labels: ``[n]`` integers, -1 for none, or ``[n, k]`` distributions, or what a task of the
+        caller's own takes.
       teacher: `Outputs` of the teacher, computed before, for the rows that the metric compares.
       transfer: more inputs: where there are any, the metric compares these rows, which have no
         labels, and only the cross-entropy looks at ``x``.
@@ -60,7 +71,7 @@ class TrainState(NamedTuple):
       step: int32 scalar, steps done.
       key: PRNG key; each step folds its number into it.
       average: the moving average of both variables, of a student that is its own teacher
-        (`ema_teacher`); else None.
+        (`ema_teacher`) or with a `WeightAverage`; else None.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -97,6 +108,7 @@ class Objective:
       task_coef: the weight of the cross-entropy: a number or a schedule.
       ratio: RATIO of coef="auto:RATIO", or None.
       unlabelled: the class that a conditional metric takes where there is no label.
+      task_loss: what takes the place of the cross-entropy, or None.
     """
 
     metric: Metric | MetricSum | Callable | None
@@ -104,6 +116,7 @@ class Objective:
     task_coef: Coef
     ratio: float | None = None
     unlabelled: Unlabelled = None
+    task_loss: TaskLoss | None = None
 
 
 def objective(
@@ -111,8 +124,11 @@ def objective(
     coef: Coef | str,
     task_coef: Coef,
     unlabelled: Unlabelled,
+    task_loss: TaskLoss | None = None,
 ) -> Objective:
-    """Check what a student is to minimise; ValueError for what cannot be."""
+    """Check what a student is to minimise; ValueError or TypeError for what cannot be."""
+    if task_loss is not None and not callable(task_loss):
+        raise TypeError(f"task_loss must be a function (Outputs, labels), got {task_loss!r}")
     found, ratio = resolve(metric), None
     unlabelled = check_rule(unlabelled)
     if isinstance(coef, str):
@@ -127,7 +143,12 @@ def objective(
         if not weight >= 0:
             raise ValueError(f"{name} must be >= 0, got {weight}")
     return Objective(
-        metric=found, coef=coef, task_coef=task_coef, ratio=ratio, unlabelled=unlabelled
+        metric=found,
+        coef=coef,
+        task_coef=task_coef,
+        ratio=ratio,
+        unlabelled=unlabelled,
+        task_loss=task_loss,
     )
 
 
@@ -148,7 +169,7 @@ class Body:
     objective: Objective
     axis: str | None
     all_labelled: bool = False
-    decay: float | None = None  # of the student's average, where that is its teacher
+    average: EmaTeacher | WeightAverage | None = None  # of the student, which that keeps
     remembers: bool = False  # whether the teacher is gone, and its variables are a Memory
     rows: int | None = None  # how many rows of a bank a step draws, if not as many as the batch has
 
@@ -198,14 +219,15 @@ class Body:
             "task_loss": terms.task,
             "distillation_loss": terms.distillation,
             "coef": jnp.asarray(weights[0], jnp.float32),
-            "accuracy": accuracy,
+            **({} if accuracy is None else {"accuracy": accuracy}),
             **{f"distillation_loss/{name}": value for name, value in terms.parts.items()},
         }
         params = optax.apply_updates(state.params, updates)
-        model_state = _like(self.mean(model_state), state.model_state)
+        model_state = like(self.mean(model_state), state.model_state)
         average = state.average
-        if self.decay is not None:
-            average = _averaged(average, (params, model_state), self.decay)
+        if self.average is not None:
+            kept = self.average.kept(state.step)
+            average = averaged(average, (params, model_state), kept)
         state = TrainState(
             params, model_state, opt_state, norms, state.step + 1, state.key, average
         )
@@ -217,12 +239,11 @@ class Body:
         if self.axis is not None:
             dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(self.axis))
         x, labels = batch.x, self.gather(batch.labels)
-        if self.decay is not None:
-            teacher_variables = jax.tree.map(
-                lambda a, like: a.astype(like.dtype), state.average, state.variables
-            )
+        if isinstance(self.average, EmaTeacher):
+            teacher_variables = averaged_variables(state)
         if self.remembers:
-            recall = functools.partial(self._recall, teacher_variables, metric_key)
+            memory: Any = teacher_variables
+            recall = functools.partial(self._recall, memory, metric_key)
         else:
             seen_by_teacher = self._seen_by_teacher(teacher_variables, batch)
             recall = lambda n: (seen_by_teacher, None)  # noqa: E731
@@ -235,18 +256,24 @@ class Body:
                 params, state.model_state, x, train=True, rng=dropout_key
             )
             out, compared, classes = self._parts(out, batch, labels)
-            task = cross_entropy(
-                student_logits(out, weights[1]), labels, all_labelled=self.all_labelled
-            )
+            task, accuracy = self._task(out, labels, weights[1])
             seen, labels_t = recall(len(compared.features))
             if not self.all_labelled or batch.transfer is not None:
                 classes = self._classes(compared, seen, classes)
             distillation, parts = self._distance(compared, seen, classes, metric_key, labels_t)
             terms = LossTerms(task, distillation, parts)
             loss = jnp.asarray(weights[1]) * terms.task + jnp.asarray(weights[0]) * distillation
-            return loss, (terms, _accuracy(out, labels), model_state)
+            return loss, (terms, accuracy, model_state)
 
         return loss_fn
+
+    def _task(self, out: Outputs, labels: jax.Array, weight: Any) -> tuple[jax.Array, Any]:
+        """Return what the labels' part of the loss is, and the accuracy or None."""
+        if self.objective.task_loss is not None:
+            return own_task(self.objective.task_loss, out, labels), None
+        logits = student_logits(out, weight)
+        task = cross_entropy(logits, labels, all_labelled=self.all_labelled)
+        return task, _accuracy(out, labels)
 
     def _seen_by_teacher(self, teacher_variables, batch: Batch) -> Outputs | None:
         """Return the teacher's outputs for the rows that the metric compares, of all devices."""
@@ -263,7 +290,8 @@ class Body:
         out = as_outputs("student", out)
         if batch.transfer is None:
             out = self.gather(out)
-            return out, out, classes_of(labels)
+            known = self.objective.task_loss is None or are_class_numbers(labels)
+            return out, out, classes_of(labels) if known else jnp.full(len(labels), -1)
         n = len(batch.labels)
         out, compared = (
             self.gather(jax.tree.map(lambda a, rows=rows: a[rows], out))
@@ -307,19 +335,20 @@ def step_body(
     coef: Coef | str,
     task_coef: Coef,
     unlabelled: Unlabelled = None,
+    task_loss: TaskLoss | None = None,
     axis: str | None,
     all_labelled: bool = False,
-    decay: float | None = None,
+    average: EmaTeacher | WeightAverage | None = None,
     remembers: bool = False,
     rows: int | None = None,
 ) -> Body:
     """Make what every kind of step runs, on one device or on each device of a named axis.
 
-    ``all_labelled`` says that no label is -1; with a ``decay`` the student's own average is its
-    teacher. One that ``remembers`` has the `Memory` of a bank or of statistics for the teacher's
-    variables.
+    ``all_labelled`` says that no label is -1; an ``average`` is kept of the student, and may be
+    its teacher. A step that ``remembers`` has the `Memory` of a bank or of statistics for the
+    teacher's variables.
     """
-    if decay is not None:
+    if isinstance(average, EmaTeacher):
         teacher = student
     for network in (student, teacher):
         if network is not None and not isinstance(network, Network):
@@ -332,48 +361,28 @@ def step_body(
         student.apply,
         None if teacher is None else teacher.apply,
         optax.with_extra_args_support(optimizer).update,
-        objective(metric, coef, task_coef, unlabelled),
+        objective(metric, coef, task_coef, unlabelled, task_loss),
         axis,
         all_labelled,
-        decay,
+        average,
         remembers,
         rows,
     )
 
 
-def _averaged(average: Any, new: Any, decay: float) -> Any:
-    """Return the moving average with a new value; what is not floating point is the new one's."""
-
-    def mean(a, b):
-        floating = jnp.issubdtype(b.dtype, jnp.floating)
-        return (decay * a + (1 - decay) * b).astype(a.dtype) if floating else b
-
-    return jax.tree.map(mean, average, in_full(new))
-
-
-def in_full(tree: Any) -> Any:
-    """Return floats in float32 at least: in half precision an average would not move."""
-
-    def full(a):
-        floating = jnp.issubdtype(a.dtype, jnp.floating)
-        return a.astype(jnp.promote_types(a.dtype, jnp.float32)) if floating else a
-
-    return jax.tree.map(full, tree)
+def own_task(task_loss: TaskLoss, out: Outputs, labels: jax.Array) -> jax.Array:
+    """Return a caller's loss as a scalar: the mean, where it has a value for each row."""
+    loss = jnp.asarray(task_loss(out, labels))
+    if loss.ndim > 1:
+        raise ValueError(
+            f"task_loss must return a scalar or a value for each row, got shape {list(loss.shape)}"
+        )
+    return jnp.mean(loss.astype(jnp.promote_types(loss.dtype, jnp.float32)))
 
 
-def _like(new: Any, old: Any) -> Any:
-    """Return a state with the structure and dtypes that it had, so that a step compiles once.
-
-    What a call adds (sown intermediates, say) is left out.
-    """
-    pairs, structure = jax.tree_util.tree_flatten_with_path(old)
-    found = dict(jax.tree_util.tree_leaves_with_path(new))
-    leaves = [jnp.asarray(found.get(path, leaf)) for path, leaf in pairs]
-    leaves = [
-        x if x.dtype == leaf.dtype else x.astype(leaf.dtype)
-        for x, (_, leaf) in zip(leaves, pairs, strict=True)
-    ]
-    return jax.tree.unflatten(structure, leaves)
+def averaged_variables(state: TrainState) -> tuple[Tree, Tree]:
+    """Return ``(params, model_state)`` of the student's average, in the dtypes of its own."""
+    return jax.tree.map(lambda a, like: a.astype(like.dtype), state.average, state.variables)
 
 
 def _accuracy(out: Outputs, labels: jax.Array) -> jax.Array:

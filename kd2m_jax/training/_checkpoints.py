@@ -99,12 +99,12 @@ class Checkpoints:
         leaves = [_unpack(new, old) for new, old in zip(arrays.values(), leaves, strict=True)]
         return jax.tree.unflatten(structure, leaves), record
 
-    def arrays(self, *, best: bool = False) -> dict[str, np.ndarray] | None:
-        """Return the last (or best) arrays that can be read by their place in the saved pytree."""
+    def arrays(self, *, best: bool = False) -> tuple[dict[str, np.ndarray], dict] | None:
+        """Return the last (or best) arrays that can be read, by their place, and their record."""
         found = by_first(lambda: self._read(None, best=False))  # it names the best one
         if best:
             found = by_first(lambda: self._read(None, best=True))
-        return None if found is None else found[0]
+        return found
 
     def _read(
         self, named: dict[str, np.ndarray] | None, best: bool

@@ -20,23 +20,36 @@ Arrays: TypeAlias = tuple[Any, Any] | tuple[Any, Any, Any] | Mapping[str, Any]
 _INPUTS, _LABELS, _TEACHER = ("image", "x"), ("label", "labels", "y"), "teacher"
 
 
-def examples(what: str, given: Any, classes: int | None = None) -> Batch:
-    """Return inputs, labels and perhaps the teacher's outputs as they are, checked.
+def examples(
+    what: str, given: Any, classes: int | None = None, *, any_labels: bool = False
+) -> Batch:
+    """Return inputs, labels and perhaps the teacher's outputs as arrays, checked.
 
     ValueError or TypeError, which begins with ``what``, for anything but inputs with one row per
     example and labels: ``[n]`` integers from -1 (no label) on, below the number of classes where
-    it is known, or ``[n, k]`` distributions over them, or None, which becomes -1.
+    it is known, or ``[n, k]`` distributions over them, or None, which becomes -1. With
+    ``any_labels`` they are numbers with one row per example.
     """
-    x, labels, teacher = _parts(what, given)
+    return checked(what, parts(what, given), classes, any_labels=any_labels)
+
+
+def checked(
+    what: str, given: Batch, classes: int | None = None, *, any_labels: bool = False
+) -> Batch:
+    """Return what `parts` found, checked as `examples` says."""
+    x, labels, teacher, _ = given
     if labels is None:
         labels = np.full(check_rows(what, x), -1, np.int32)
-    labels = labels if hasattr(labels, "shape") else np.asarray(labels)
-    if are_distributions(labels):
+    if any_labels:
+        _check_numbers(f"{what}: labels", labels)
+        if np.ndim(labels) == 0:
+            raise ValueError(f"{what}: labels must have a row for each example, got one number")
+    elif are_distributions(labels):
         _check_distributions(what, labels, classes)
     else:
         _check_numbered(what, labels)
     check_rows(what, x, len(labels))
-    if not are_distributions(labels):
+    if not any_labels and not are_distributions(labels):
         check_classes(what, labels, classes)
     teacher = None if teacher is None else stored_outputs(what, teacher, len(labels))
     return Batch(x, labels, teacher)
@@ -48,6 +61,8 @@ def _check_numbered(what: str, labels: Any) -> None:
     if np.ndim(labels) != 1:
         column = np.ndim(labels) == 2 and np.shape(labels)[1] == 1
         hint = "take labels[:, 0]" if column else "one class number per example, no one-hot rows"
+        if np.ndim(labels) == 0:
+            hint = "this is one example, and not a batch of them"
         raise ValueError(f"{what}: labels must be [n], got {list(np.shape(labels))}: {hint}")
     if len(labels) == 0:
         raise ValueError(f"{what} has no examples")
@@ -139,20 +154,42 @@ def check_memory(what: str, x: Any, device: Any) -> None:
         )
 
 
-def on_device(array: Any) -> jax.Array:
-    """Return an array that JAX alone holds: a loader may write its next batch into this one's."""
-    own = jnp.array if isinstance(array, jax.Array) else np.array  # both copy
-    return jnp.asarray(own(array))
-
-
 def dtype_of(array: Any) -> Any:
     """Return the dtype that an array will have on a device."""
     known = isinstance(array, np.ndarray | jax.Array)
     return jax.dtypes.canonicalize_dtype(array.dtype if known else np.asarray(array[:0]).dtype)
 
 
-def _parts(what: str, given: Any) -> tuple[Any, Any, Any]:
-    """Return the inputs, the labels and the teacher's outputs of a tuple, a list or a dict."""
+def parts(what: str, given: Any) -> Batch:
+    """Return the inputs, the labels and the teacher's outputs of a tuple, a list or a dict.
+
+    Whatever NumPy reads becomes its array: tensors of other libraries, lists of numbers, images.
+    """
+    return Batch(*(as_arrays(what, part) for part in _three(what, given)))
+
+
+def as_arrays(what: str, tree: Any) -> Any:
+    """Return a tree of NumPy's or JAX's arrays."""
+
+    def are_rows(node):  # a list without an array in it holds rows, and is no pytree of arrays
+        inside = jax.tree.leaves(node, is_leaf=lambda one: hasattr(one, "shape"))
+        bare = not any(hasattr(a, "shape") for a in inside)
+        return type(node) in (list, tuple) and bool(inside) and bare
+
+    def read(leaf):
+        if isinstance(leaf, np.ndarray | jax.Array):
+            return leaf
+        try:
+            return np.asarray(leaf)
+        except Exception as error:  # NumPy's, or the other library's
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            reason = str(error).split("\n")[0]
+            raise kind(f"{what} cannot be read as arrays of equal rows: {reason}") from error
+
+    return jax.tree.map(read, tree, is_leaf=lambda node: hasattr(node, "shape") or are_rows(node))
+
+
+def _three(what: str, given: Any) -> tuple[Any, Any, Any]:
     if isinstance(given, Mapping):
         inputs, labels = ([k for k in names if k in given] for names in (_INPUTS, _LABELS))
         # Labels under an unknown name are a mistake, and no key at all is none.

@@ -1,5 +1,6 @@
 """Distillation with your own model, teacher and data: fit()."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypedDict, TypeVar, Unpack, overload
@@ -9,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from kd2m_jax.adapters import Model, Network, Tree
-from kd2m_jax.training._body import Coef, TrainState
+from kd2m_jax.training._body import Coef, TaskLoss, TrainState
 from kd2m_jax.training._examples import Arrays
 from kd2m_jax.training._labels import Unlabelled
 from kd2m_jax.training._parallel import without_mesh
@@ -17,6 +18,7 @@ from kd2m_jax.training._plan import check_numbers, make_plan
 from kd2m_jax.training._preprocess import Preprocess
 from kd2m_jax.training._progress import shown
 from kd2m_jax.training._records import Record
+from kd2m_jax.training._scores import Score
 from kd2m_jax.training._session import session
 from kd2m_jax.training._students import AnyMetric, Students, Teacher
 
@@ -31,7 +33,8 @@ class FitResult(NamedTuple, Generic[M]):
       student: the trained student: an NNX module, in evaluation mode, for an NNX module, the dict
         of variables for a Linen one, without the projector of `projected`; the pair
         ``(params, state)`` for a `Network` of your own. The last epoch's.
-      best: the same, of the epoch with the best test accuracy (the last without ``eval_data``).
+      best: the same, of the epoch with the best test accuracy or, with a ``task_loss``, the lowest
+        test loss (the last without ``eval_data``).
       history: the records that the callbacks got, oldest first.
       state: the final `TrainState`.
 
@@ -67,11 +70,13 @@ class _Options(TypedDict, total=False):
     transfer_batch_size: int
     unlabelled: Unlabelled
     task_coef: Coef
+    task_loss: TaskLoss | None
     optimizer: optax.GradientTransformation | None
     epochs: int
     batch_size: int
     per_class: int | None
-    eval_data: Arrays | None
+    eval_data: Arrays | Iterable[Arrays] | None
+    metrics: Sequence[Score]
     preprocess: Preprocess | None
     callbacks: Sequence[Callable[[Record], object]]
     log_every: int
@@ -149,11 +154,13 @@ def fit(
     metric: AnyMetric | Sequence[AnyMetric] = None,
     coef: Coef | str | Sequence[Coef | str] = 1.0,
     task_coef: Coef = 1.0,
+    task_loss: TaskLoss | None = None,
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = 10,
     batch_size: int = 128,
     per_class: int | None = None,
-    eval_data: Arrays | None = None,
+    eval_data: Arrays | Iterable[Arrays] | None = None,
+    metrics: Sequence[Score] = (),
     preprocess: Preprocess | None = None,
     callbacks: Sequence[Callable[[Record], object]] = (),
     log_every: int = 50,
@@ -179,9 +186,9 @@ def fit(
     The arguments, by what they are about: who is trained on what (``student``, ``data``,
     ``per_class``, ``batch_size``, ``epochs``, ``max_steps``, ``preprocess``), against whom
     (``teacher``, ``teacher_variables``, ``transfer``, ``transfer_batch_size``), what is minimised
-    (``metric``, ``coef``, ``task_coef``, ``unlabelled``, ``optimizer``), what is seen of it
-    (``eval_data``, ``callbacks``, ``log_every``, ``progress``) and where it runs and is kept
-    (``checkpoint_dir``, ``save_every``, ``seed``, ``devices``).
+    (``metric``, ``coef``, ``task_coef``, ``task_loss``, ``unlabelled``, ``optimizer``), what is
+    seen of it (``eval_data``, ``metrics``, ``callbacks``, ``log_every``, ``progress``) and where
+    it runs and is kept (``checkpoint_dir``, ``save_every``, ``seed``, ``devices``).
 
     Args:
       student: a Flax NNX module, a Flax Linen module or a `Network`; left as it is. Its call
@@ -192,8 +199,10 @@ def fit(
         example without a label, which the cross-entropy leaves out. Or they are ``[n, k]``
         floating, distributions over the classes (smoothed, say), or None for no labels at all. A
         dict of ``image`` (or ``x``) and ``label`` (or ``labels``, ``y``) is taken for the tuple,
-        and may have the teacher's outputs under ``teacher``, as may a tuple in third place. An
-        iterable may use its buffers again. One that never ends is one endless epoch: give
+        and may have the teacher's outputs under ``teacher``, as may a tuple in third place.
+        Whatever NumPy reads is an array: torch's tensors, lists of numbers. An iterable is read
+        ahead by another thread, up to three batches, and may use its buffers again; a grain
+        MapDataset is shuffled anew each epoch. One that never ends is one endless epoch: give
         ``max_steps``. Without a ``len`` the default learning rate is constant, unless
         ``max_steps`` says where it ends.
       teacher: the frozen network; or its `Outputs` for the training arrays, row by row, computed
@@ -223,6 +232,10 @@ def fit(
         its part of the gradient at RATIO times the cross-entropy's (see `make_train_step`).
         Without any label that is 1.
       task_coef: >= 0, the weight of the cross-entropy.
+      task_loss: ``(Outputs, labels) -> a scalar or [n]`` in place of the cross-entropy, for
+        regression or several labels at once, say: labels are then whatever it takes, with one row
+        per example (``[n]`` integers are classes to a conditional metric, others are none). There
+        is no accuracy then, and ``test_loss`` is the mean of the loss of each example alone.
       optimizer: an optax optimizer; Adam with a cosine from 1e-3 to 0 by default.
       epochs: passes over the data.
       batch_size: global, over all devices; of arrays. An epoch drops the incomplete last batch.
@@ -230,7 +243,13 @@ def fit(
         conditional metric has more than one to look at; it must divide the batch size. None
         shuffles freely. Examples that do not fill a run sit an epoch out; a class with fewer
         than that is refused.
-      eval_data: ``(x, labels)`` arrays to evaluate on after each epoch, checked as ``data`` is.
+      eval_data: what to evaluate on after each epoch: arrays or an iterable of batches, as
+        ``data``, with labels (-1 does not count).
+      metrics: more scores of eval_data: "top-5", "ece" (expected calibration error, 15 bins),
+        "agreement" (how often the student's class is the teacher's; of a network, or of eval_data
+        that brings outputs), "accuracy" (beside a ``task_loss``), or functions ``(Outputs, labels)
+        -> number`` of your own over all examples, NumPy arrays, which are kept for that. Each is
+        ``test_NAME`` in the records.
       preprocess: ``(x, keys) -> x``, traced into the program: ``keys [n]`` is one PRNG key per
         example in training (augmentation), None in evaluation. Or ``(x, labels, keys) -> (x,
         labels)``, which may mix examples and make distributions of their labels (mixup, cutmix). A
@@ -242,7 +261,9 @@ def fit(
         teacher ``distillation_loss`` and ``coef`` (means since the last record), at the end of an
         epoch with eval_data ``test_loss`` and ``test_accuracy`` (over all examples); of a
         population also with ``student``, its number from 0. The records of a resumed run are
-        handed over again, first, with ``replayed: True``.
+        handed over again, first, with ``replayed: True``. One that returns "stop" ends the run
+        with its result: at the end of an epoch there, within one after the call of the program
+        that was under way. `EarlyStopping` does that. `WeightAverage` averages the weights.
       log_every: steps from one record to the next.
       checkpoint_dir: where to keep the last and the best checkpoint. A run that finds one there
         continues from it, in the middle of an epoch if need be, to the same result to the bit
@@ -271,7 +292,8 @@ def fit(
         batches or eval_data that are not what they should be (the message says which, and what
         is wrong), a class too small for per_class, arrays that the device cannot hold, a teacher
         without a metric or the reverse, neither labels nor a teacher, a transfer set without
-        one, an unknown ``unlabelled``, a metric that a bank or statistics cannot serve;
+        one, an unknown ``unlabelled``, a metric that a bank or statistics cannot serve, a score
+        that is none or that lacks the teacher's outputs, two averages of the weights;
         CheckpointError, which is one, for a checkpoint of another
         network or another run, for a folder that cannot be written, is in use by another process
         or is the address of a bucket, and for a save that fails.
@@ -320,11 +342,13 @@ def fit(
             transfer_batch_size=int(transfer_batch_size),
             unlabelled=unlabelled,
             task_coef=task_coef,
+            task_loss=task_loss,
             optimizer=optimizer,
             epochs=epochs,
             batch_size=batch_size,
             per_class=per_class,
             eval_data=eval_data,
+            metrics=metrics,
             preprocess=preprocess,
             callbacks=callbacks,
             log_every=log_every,
@@ -337,18 +361,17 @@ def fit(
         with shown(plan, progress), session(plan) as run:
             while run.epoch < epochs and not run.stopped_short:
                 whole = True
-                for rows, arrays in plan.batches.epoch(
-                    run.epoch, plan.steps_per_call, skip=run.position, done=run.done
-                ):
-                    whole = not run.stopped_short
-                    if not whole:
-                        break
-                    run.run(rows, arrays)
+                with contextlib.closing(plan.batches.epoch(**run.place)) as calls:
+                    for rows, arrays in calls:
+                        whole = not run.stopped_short
+                        if not whole:
+                            break
+                        run.run(rows, arrays)
                 run.end_epoch(whole=whole)
     results = [
-        FitResult(network.export(*state.variables), network.export(*best), log.history, state)
-        for network, state, best, log in zip(
-            plan.networks, run.states, run.best, plan.records, strict=True
+        FitResult(network.export(*last), network.export(*best), log.history, state)
+        for network, last, best, log, state in zip(
+            plan.networks, run.variables, run.best, plan.records, run.states, strict=True
         )
     ]
     return results if plan.is_population else results[0]

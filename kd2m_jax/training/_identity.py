@@ -40,6 +40,8 @@ class Compared:
       outputs: gives the shapes of a student's and of the teacher's outputs for a batch.
       others: more settings, as they are.
       stored: the teacher's outputs that were computed before, and the transfer set.
+      task_loss: what takes the place of the cross-entropy, or None.
+      sample_labels: shapes of a batch's labels, for that.
     """
 
     metrics: Sequence[Any]
@@ -52,6 +54,8 @@ class Compared:
     outputs: Callable[[], tuple[Any, Any]]
     others: dict[str, Any]
     stored: Any = None
+    task_loss: Callable | None = None
+    sample_labels: Any = None
 
     def described(self) -> dict[str, Any]:
         """Describe it by values, as JSON: two spellings of one setting are one.
@@ -75,6 +79,10 @@ class Compared:
                 found[f"{name} {_VERSIONS}"] = traced
         if self.optimizer is not None:
             found[f"optimizer {_VERSIONS}"] = _update(self.optimizer, self.params)
+        found["task_loss"] = "cross-entropy" if self.task_loss is None else _name(self.task_loss)
+        if self.task_loss is not None:
+            out = self.outputs()[0]
+            found[f"task_loss {_VERSIONS}"] = _traced(self.task_loss, out, self.sample_labels)
         if self.teacher is not None:
             found["teacher"] = _digest(self.teacher)
         found["data"] = "an iterable" if self.data is None else _digest(self.data)
@@ -128,8 +136,12 @@ def _names(metric: Any) -> str:
     """Return the names of a metric's terms."""
     if isinstance(metric, MetricSum):
         return "+".join(term.label for term in metric.metrics)
-    label = getattr(metric, "label", None) or getattr(metric, "__name__", type(metric).__name__)
-    return "none" if metric is None else str(label).replace("_", "-")
+    return "none" if metric is None else _name(metric)
+
+
+def _name(function: Any) -> str:
+    label = getattr(function, "label", None)
+    return str(label or getattr(function, "__name__", type(function).__name__)).replace("_", "-")
 
 
 def _options(metric: Any, outputs: Callable[[], tuple[Any, Any]]) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def _options(metric: Any, outputs: Callable[[], tuple[Any, Any]]) -> dict[str, A
         return found
     if not isinstance(metric, Metric):
         student, teacher = outputs()
-        labels = jnp.zeros(student.logits.shape[0], jnp.int32)
+        labels = jnp.zeros(jax.tree.leaves(student)[0].shape[0], jnp.int32)
         more = {"labels_t": labels, "key": jax.random.key(0)}
         call = lambda s, t: compared(metric, s, t, labels, **more)  # noqa: E731
         return {f"{_names(metric)} {_VERSIONS}": _traced(call, student, teacher)}

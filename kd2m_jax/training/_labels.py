@@ -92,6 +92,11 @@ def balanced(logits: jax.Array, where: jax.Array, shares: jax.Array | None) -> j
     return jax.lax.fori_loop(0, _ITERATIONS, iterate, log_p)
 
 
+def are_class_numbers(labels: Any) -> bool:
+    """Tell class numbers ``[n]`` from labels of other kinds."""
+    return np.ndim(labels) == 1 and jnp.issubdtype(labels.dtype, jnp.integer)
+
+
 def needs_labels(metric: Metric | MetricSum | Any) -> bool:
     """Tell whether a metric reads labels; of a function of one's own that is not known."""
     return metric is not None and "labels" in getattr(metric, "needs", ("labels",))

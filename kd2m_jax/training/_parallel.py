@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax.adapters import DEVICES, Network
 from kd2m_jax.losses._resolve import AnyMetric
-from kd2m_jax.training._body import Coef, step_body
+from kd2m_jax.training._body import Coef, TaskLoss, step_body
 from kd2m_jax.training._labels import Unlabelled
 from kd2m_jax.training._step import Step, apart
 
@@ -24,6 +24,7 @@ def pmap_step(
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     unlabelled: Unlabelled = None,
+    task_loss: TaskLoss | None = None,
     devices: Sequence[object] | None = None,
 ) -> Step:
     """`make_train_step` over this process's devices with ``jax.pmap``.
@@ -41,6 +42,7 @@ def pmap_step(
       coef: as in `make_train_step`.
       task_coef: as in `make_train_step`.
       unlabelled: as in `make_train_step`.
+      task_loss: as in `make_train_step`.
       devices: the devices to use; all local ones by default.
 
     Returns:
@@ -70,6 +72,7 @@ def pmap_step(
         coef=coef,
         task_coef=task_coef,
         unlabelled=unlabelled,
+        task_loss=task_loss,
         axis=DEVICES,
     )
     devices = list(devices or jax.local_devices())
@@ -93,7 +96,7 @@ def pmap_step(
             )
             return mapped(state, teacher_variables, split)
 
-    return apart(step)
+    return apart(step, any_labels=task_loss is not None)
 
 
 def shard_map_step(
@@ -105,6 +108,7 @@ def shard_map_step(
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     unlabelled: Unlabelled = None,
+    task_loss: TaskLoss | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Step:
     """`make_train_step` over a mesh with ``jax.shard_map``, the successor of pmap.
@@ -121,6 +125,7 @@ def shard_map_step(
       coef: as in `make_train_step`.
       task_coef: as in `make_train_step`.
       unlabelled: as in `make_train_step`.
+      task_loss: as in `make_train_step`.
       mesh: a mesh with one axis called "devices"; all devices of all hosts by default.
 
     Returns:
@@ -155,6 +160,7 @@ def shard_map_step(
         coef=coef,
         task_coef=task_coef,
         unlabelled=unlabelled,
+        task_loss=task_loss,
         axis=DEVICES,
     )
     everywhere, split = PartitionSpec(), PartitionSpec(DEVICES)
@@ -183,7 +189,7 @@ def shard_map_step(
         with without_mesh():
             return mapped(state, teacher_variables, jax.tree.map(placed, batch))
 
-    return apart(step)
+    return apart(step, any_labels=task_loss is not None)
 
 
 @contextlib.contextmanager

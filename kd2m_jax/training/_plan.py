@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,22 +14,31 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._locks import check_local
-from kd2m_jax._outputs import Outputs
-from kd2m_jax.adapters import DEVICES, Model, Network, as_network
-from kd2m_jax.losses import ClassStatistics
+from kd2m_jax.adapters import DEVICES, Network, as_network
+from kd2m_jax.callbacks import WeightAverage
 from kd2m_jax.losses._metrics import as_outputs
-from kd2m_jax.teachers import Bank, EmaTeacher, Memory
+from kd2m_jax.training._averages import in_full
 from kd2m_jax.training._batches import OWN, Batches, Transfer, steps_per_call
-from kd2m_jax.training._body import Batch, Body, Coef, TrainState, in_full, step_body
-from kd2m_jax.training._evaluation import evaluators
+from kd2m_jax.training._body import (
+    Batch,
+    Body,
+    Coef,
+    TaskLoss,
+    TrainState,
+    averaged_variables,
+    step_body,
+)
+from kd2m_jax.training._evaluation import Task, evaluators
 from kd2m_jax.training._examples import Arrays
 from kd2m_jax.training._identity import Compared
 from kd2m_jax.training._labels import Unlabelled, check_rule
 from kd2m_jax.training._preprocess import Prepare, Preprocess
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._records import Record, Records
+from kd2m_jax.training._scores import Score, named
+from kd2m_jax.training._source import Source
 from kd2m_jax.training._step import init_state, owned
-from kd2m_jax.training._students import Students, Teacher, check_labels, check_memory_suits
+from kd2m_jax.training._students import Students, Teacher, check_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,7 @@ class Plan:
       program: ``(states, teacher_variables, rows, arrays) -> (states, metrics)``, some steps.
       batches: where batches come from.
       evaluate: for each student a function from its variables to its scores.
+      kept: what is evaluated and returned of a state: the variables, or their average.
       records: for each student where its metrics go.
       settings: what a resumed run must have in common with the one that it continues.
       total: how many steps there are, if that is known.
@@ -55,6 +66,7 @@ class Plan:
     program: Callable
     batches: Batches
     evaluate: list[Callable[[Any], Record]]
+    kept: Callable[[TrainState], Any]
     records: list[Records]
     settings: dict
     total: int | None
@@ -104,11 +116,13 @@ def make_plan(
     transfer_batch_size: int,
     unlabelled: Unlabelled,
     task_coef: Coef,
+    task_loss: TaskLoss | None,
     optimizer: optax.GradientTransformation | None,
     epochs: int,
     batch_size: int,
     per_class: int | None,
-    eval_data: Arrays | None,
+    eval_data: Arrays | Iterable[Arrays] | None,
+    metrics: Sequence[Score],
     preprocess: Preprocess | None,
     callbacks: Sequence[Callable[[Record], object]],
     log_every: int,
@@ -123,40 +137,30 @@ def make_plan(
     devices = list(devices or jax.devices())
     here = [i for i, d in enumerate(devices) if d.process_index == jax.process_index()]
     prepare = Prepare.of(preprocess)
-    stored = teacher if isinstance(teacher, Outputs) else None
-    teacher = None if isinstance(teacher, Outputs) else teacher
     given = Transfer.of(transfer, transfer_batch_size)
-    if given is not None and (stored is not None or (teacher is not None and given.teacher)):
-        raise ValueError(
-            "transfer brings the teacher's outputs for its own inputs, as (x, Outputs), and there "
-            "is another teacher: which one is meant?"
-        )
-    if teacher is None and stored is None:  # before anything is copied
-        known = given is not None and given.teacher is not None
-        if given is not None and not known:
-            raise ValueError("transfer needs a teacher, or its outputs: transfer=(x, Outputs)")
     # Everything on every device once, rather than at each call; of this process's, because that
     # is what pmap takes.
     mesh = Mesh(np.array(devices)[here], (DEVICES,))
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
     networks = [as_network(student) for student in students.models]
-    decay = teacher.decay if isinstance(teacher, EmaTeacher) else None
-    gone = teacher if isinstance(teacher, Bank | ClassStatistics) else None
-    rows = gone.rows if isinstance(gone, Bank) else None
-    if gone is not None:
-        check_memory_suits(students.metrics, gone)
-    model = None if isinstance(teacher, EmaTeacher | Bank | ClassStatistics) else teacher
-    frozen = None if model is None else as_network(model)
-    if teacher_variables is not None and model is None:
-        raise ValueError("teacher_variables are those of a network, and the teacher is none")
-    if model is not None:
-        teacher_variables = place(variables_of(model, teacher_variables))
-    elif gone is not None:
-        teacher_variables = place(Memory.of(gone))
-    batches = Batches(data, batch_size, seed, len(devices), per_class, place, here, stored, given)
-    if teacher is not None and batches.has_outputs:
+    source = Source.of(teacher, teacher_variables, given, students.metrics, callbacks, place)
+    own_task = task_loss is not None
+    scores = named(metrics, has_data=eval_data is not None, own_task=own_task)
+    batches = Batches(
+        data,
+        batch_size,
+        seed,
+        len(devices),
+        per_class,
+        place,
+        here,
+        source.stored,
+        given,
+        any_labels=own_task,
+    )
+    if source.is_given and batches.has_outputs:
         raise ValueError("data brings the teacher's outputs, and there is a teacher: leave one out")
-    has_teacher = teacher is not None or batches.has_outputs
+    has_teacher = source.is_given or batches.has_outputs
     students.check_teacher(has_teacher)
     if not has_teacher and not batches.has_labels:
         raise ValueError("nothing to learn from: no example has a label, and there is no teacher")
@@ -167,70 +171,62 @@ def make_plan(
     bodies = _bodies(
         networks,
         students,
-        frozen,
+        source.network,
         chosen,
         task_coef,
         unlabelled=unlabelled,
+        task_loss=task_loss,
         all_labelled=batches.all_labelled and not prepare.changes_labels,
-        decay=decay,
-        remembers=gone is not None,
-        rows=rows,
+        **source.options,
     )
     shapes_of = jax.make_jaxpr(lambda x, labels: prepare(x, labels, None)[0], return_shape=True)
     preparation, sample = shapes_of(batches.sample.x, batches.sample.labels)
     sample = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sample)
-    sample_rows = len(jax.tree.leaves(sample)[0])
     key = jax.random.key(seed)
     states = [init_state(network, chosen, sample, key=key) for network in networks]
-    if decay is not None:
+    if source.average is not None:
         states = [state._replace(average=owned(in_full(state.variables))) for state in states]
     states = place(states)
     traced = [_traced(n, s.variables, sample) for n, s in zip(networks, states, strict=True)]
-    outputs = [_outputs(out) for _, out in traced]
-    classes = min(out.logits.shape[-1] for out in outputs)
+    outputs = [_outputs(out, needs_logits=not own_task) for _, out in traced]
+    classes = min((o.logits.shape[-1] for o in outputs if o.logits is not None), default=None)
     batches.expect(classes)
     rule = check_rule(unlabelled)
-    predicts = frozen is not None or decay is not None
-    if batches.sample.teacher is not None:
-        predicts = batches.sample.teacher.logits is not None
     if has_teacher and rule is None:
-        rule = "teacher" if predicts and gone is None else "balanced"
-    check_labels(students.metrics, gone, rule, classes, has_transfer=given is not None)
+        rule = source.default_rule(batches.sample.teacher)
+    check_labels(students.metrics, source.gone, rule, classes, has_transfer=given is not None)
     compared = Compared(
         metrics=students.metrics,
         coefs=students.coefs,
         task_coef=task_coef,
-        teacher=None if frozen is None and gone is None else teacher_variables,
+        task_loss=task_loss,
+        sample_labels=batches.sample.labels,
+        teacher=source.variables,
         data=None if batches.arrays is None else tuple(batches.arrays[:2]),
         stored=batches.stored,
         optimizer=optimizer,
         params=states[0].params,
-        outputs=lambda: (
-            outputs[0],
-            _outputs(_traced(frozen, teacher_variables, sample)[1])
-            if frozen is not None
-            else outputs[0]
-            if decay is not None
-            else batches.sample.teacher
-            if gone is None
-            else _drawn(teacher_variables, rows or sample_rows),
-        ),
-        others={
-            "seed": seed,
-            "decay": decay,
-            "rows": rows,
-            "unlabelled": rule,
-            **batches.settings,
-        },
+        outputs=lambda: (outputs[0], _taught(source, outputs[0], batches, sample)),
+        others={"seed": seed, "unlabelled": rule, **source.settings, **batches.settings},
+    )
+    task = Task(
+        classes=None if own_task else classes,
+        task_loss=task_loss,
+        scores=scores,
+        teacher=source.network,
+        teacher_variables=source.variables,
     )
     return Plan(
         networks=networks,
         is_population=students.is_population,
         states=states,
-        teacher_variables=teacher_variables,
+        teacher_variables=source.variables,
         program=shared(_mapped, bodies, prepare, tuple(devices)),
         batches=batches,
-        evaluate=evaluators(networks, eval_data, prepare, mesh, classes),
+        evaluate=evaluators(networks, eval_data, prepare, mesh, task),
+        kept=averaged_variables
+        if isinstance(source.average, WeightAverage)
+        else operator.attrgetter("variables"),
         records=_records(students, callbacks, has_teacher=has_teacher, total=total),
         settings={} if checkpoint_dir is None else compared.described(),
         total=total,
@@ -243,7 +239,7 @@ def make_plan(
             devices[here[0]],
             batches,
             log_every,
-            lambda: _alone(preparation, traced, frozen, teacher_variables, sample),
+            lambda: _alone(preparation, traced, source, sample),
         ),
         checkpoint_dir=checkpoint_dir,
         save_every=save_every,
@@ -294,9 +290,15 @@ def _traced(network: Network | None, variables: Any, sample: Any) -> tuple[Any, 
     return jax.make_jaxpr(call, return_shape=True)(*variables, sample)
 
 
-def _drawn(memory: Memory, n: int) -> Any:
-    """Return the shapes of n rows that a step would draw."""
-    return jax.eval_shape(lambda key: memory.draw(key, n)[0], jax.random.key(0))
+def _taught(source: Source, student: Any, batches: Batches, sample: Any) -> Any:
+    """Return the shapes of the teacher's outputs for a batch."""
+    if source.network is not None:
+        return _outputs(_traced(source.network, source.variables, sample)[1])
+    if source.gone is not None:
+        n = source.rows or len(jax.tree.leaves(sample)[0])
+        draw = lambda key: source.variables.draw(key, n)[0]  # noqa: E731
+        return jax.eval_shape(draw, jax.random.key(0))
+    return student if source.is_own_average else batches.sample.teacher
 
 
 # Parameters times examples of a step that may take a tenth of a second on a CPU (estimated):
@@ -304,7 +306,7 @@ def _drawn(memory: Memory, n: int) -> Any:
 _HEAVY = 5e8
 
 
-def _alone(prepared: Any, students, teacher, variables: Any, sample: Any) -> bool:
+def _alone(prepared: Any, students, source: Source, sample: Any) -> bool:
     """Tell whether steps are better made one by one on a CPU: heavy ones, and where one convolves.
 
     A convolution's backward pass inside a loop runs 20 to 50 times slower there (measured: 47 ms
@@ -312,33 +314,18 @@ def _alone(prepared: Any, students, teacher, variables: Any, sample: Any) -> boo
     """
     programs = [prepared, *(program for program, _ in students)]
     size = sum(np.prod(v.aval.shape) for program in programs[1:] for v in program.jaxpr.invars)
-    if teacher is not None:
-        programs.append(_traced(teacher, variables, sample)[0])
+    if source.network is not None:
+        programs.append(_traced(source.network, source.variables, sample)[0])
     convolves = any("conv_general_dilated" in str(program) for program in programs)
     return convolves or size * jax.tree.leaves(sample)[0].shape[0] > _HEAVY
 
 
-def _outputs(given: Any) -> Any:
-    """Return a network's outputs, which must have logits."""
+def _outputs(given: Any, *, needs_logits: bool = True) -> Any:
+    """Return a network's outputs, which must have logits for a cross-entropy."""
     out = as_outputs("student", given)
-    if out.logits is None:
+    if out.logits is None and needs_logits:
         raise TypeError("the student returns no logits, which its cross-entropy needs")
     return out
-
-
-def variables_of(model: Model, variables: Any) -> Any:
-    """Return ``(params, state)`` of a trained model."""
-    if isinstance(variables, Mapping) and "params" in variables:
-        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
-    if variables is not None:
-        return variables
-    own = as_network(model).variables
-    if own is not None:
-        return own
-    raise ValueError(
-        "the trained variables are needed (teacher_variables of fit): only an NNX module, or a "
-        "network made with them, brings its own"
-    )
 
 
 def _mapped(bodies: Sequence[Body], prepare: Prepare, devices: Sequence[Any]):

@@ -10,8 +10,8 @@ from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Apply, Model, as_network
 from kd2m_jax.losses._metrics import as_outputs
 from kd2m_jax.training._examples import check_rows
-from kd2m_jax.training._plan import variables_of
 from kd2m_jax.training._programs import shared
+from kd2m_jax.training._source import variables_of
 
 
 def outputs(model: Model, x: Any, *, variables: Any = None, batch_size: int = 500) -> Outputs:

@@ -120,3 +120,22 @@ def summed(sums: dict[str, float]) -> dict[str, float]:
         return sums
     parts = multihost_utils.process_allgather(sums)
     return {name: float(np.sum(part)) for name, part in parts.items()}
+
+
+def agreed(said: bool) -> bool:
+    """Whether any process says so."""
+    return bool(summed({"said": float(said)})["said"])
+
+
+def every_row(tree: Any) -> Any:
+    """Put the rows of all processes' arrays one after another."""
+    if jax.process_count() == 1:
+        return tree
+    count = len(jax.tree.leaves(tree)[0])
+    counts = multihost_utils.process_allgather(np.int32(count))
+    missing = int(max(counts)) - count
+    filled = jax.tree.map(lambda a: np.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)]), tree)
+    parts = multihost_utils.process_allgather(filled)
+    return jax.tree.map(
+        lambda a: np.concatenate([part[:n] for part, n in zip(a, counts, strict=True)]), parts
+    )

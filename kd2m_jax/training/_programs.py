@@ -1,9 +1,12 @@
 """Compiled programs that calls of `fit` share: few, found by structure, and without arrays."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -69,7 +72,7 @@ def drop_unshared(program: Any) -> None:
 
 
 def _forget(key: Hashable) -> None:
-    if key in _programs:
+    if not sys.is_finalizing() and key in _programs:
         forget(_programs.pop(key))
 
 
@@ -79,7 +82,13 @@ def _weakly(part: Any, key: Hashable, callers: list) -> Any:
     if any(part is c for c in callers):
         callers[:] = [c for c in callers if c is not part]
         reference = weakref.ref(part, lambda _: _forget(key))
-        return lambda *args, **options: reference()(*args, **options)  # pyright: ignore
+
+        def held_weakly(*args, **options):
+            return reference()(*args, **options)  # pyright: ignore
+
+        with contextlib.suppress(TypeError, ValueError):  # what it takes decides what it gets
+            held_weakly.__signature__ = inspect.signature(part)  # pyright: ignore
+        return held_weakly
     if type(part) in (tuple, list):
         return type(part)(map(again, part))
     if isinstance(part, functools.partial):

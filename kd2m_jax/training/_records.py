@@ -13,6 +13,11 @@ from kd2m_jax.errors import NonFiniteLoss
 Record: TypeAlias = dict[str, Any]
 
 
+def quality(scores: Record) -> float:
+    """Return what decides which epoch is the best: the accuracy, or minus the task's loss."""
+    return scores["test_accuracy"] if "test_accuracy" in scores else -scores["test_loss"]
+
+
 class Records:
     """Means over the steps since the last record, checked for NaN, one list per student.
 
@@ -50,8 +55,8 @@ class Records:
 
     @property
     def tests(self) -> list[float]:
-        """The test accuracies so far."""
-        return [r["test_accuracy"] for r in self.history if "test_accuracy" in r]
+        """The `quality` of each evaluation so far."""
+        return [quality(r) for r in self.history if "test_loss" in r]
 
     def add(self, step: int, epoch: int, metrics: dict[str, jax.Array]) -> None:
         """Take a call's metrics. They are read one call later, while the next one runs."""
@@ -66,7 +71,8 @@ class Records:
             return
         (metrics, at), self._pending = self._pending, None
         # A sum of metrics reports its terms beside it.
-        names = [*self._names, *(k for k in metrics if k.startswith("distillation_loss/"))]
+        names = [name for name in self._names if name in metrics]
+        names += [name for name in metrics if name.startswith("distillation_loss/")]
         columns = {name: np.asarray(metrics[name], np.float64) for name in names}
         if self._window and self._window[0].keys() != columns.keys():
             # The steps before a resumption, which may have spelled the terms in another way.
@@ -76,7 +82,7 @@ class Records:
             values: dict[str, Any] = {name: float(column[i]) for name, column in columns.items()}
             if not math.isfinite(values["loss"]):
                 self._refuse(values, at[0] - len(losses) + 1 + i)
-            if math.isnan(values["accuracy"]):  # none of the batch's rows has a label
+            if math.isnan(values.get("accuracy", 0)):  # none of the batch's rows has a label
                 values["accuracy"] = None
             self._window.append(values)
         self._at = at
@@ -104,22 +110,24 @@ class Records:
         self._window = []
         self.history.append(record | (scores or {}))
 
-    def deliver(self, first: int, *, replayed: bool = False) -> None:
-        """Hand the callbacks a copy of each record from the given number on."""
-        marks = {"replayed": True} if replayed else {}
+    def deliver(self, first: int, *, replayed: bool = False) -> bool:
+        """Hand the callbacks a copy of each record from the given number on: did any say "stop"?"""
+        marks, stop = {"replayed": True} if replayed else {}, False
         if self._student is not None:
             marks |= {"student": self._student}
         for record in self.history[first:]:
             for callback in self.callbacks:
-                callback(record | marks)
+                said = callback(record | marks)
+                stop = stop or (isinstance(said, str) and said == "stop")
+        return stop
 
     def state(self) -> dict:
         """Return what `replay` takes: all records, and the steps since the last one."""
         self.settle()
         return {"history": self.history, "window": self._window, "at": self._at}
 
-    def replay(self, state: dict) -> None:
-        """Hand over the records of an earlier, interrupted run again, marked as such."""
+    def replay(self, state: dict) -> bool:
+        """Hand over the records of an earlier run again, marked as such: did any say "stop"?"""
         self.history, self._window = list(state["history"]), list(state["window"])
         self._at = tuple(state["at"])
-        self.deliver(0, replayed=True)
+        return self.deliver(0, replayed=True)

@@ -77,9 +77,13 @@ def restore(
     if not os.path.isdir(checkpoint_dir):
         raise CheckpointError(f"there is no folder {os.fspath(checkpoint_dir)}")
     with contextlib.closing(Checkpoints(checkpoint_dir, writing=False)) as checkpoints:
-        arrays = checkpoints.arrays(best=which == "best")
-    if arrays is None:
+        read = checkpoints.arrays(best=which == "best")
+    if read is None:
         raise CheckpointError(f"no checkpoint in {os.fspath(checkpoint_dir)} can be read")
+    arrays, record = read
+    places = _PLACES[which]
+    if which == "last" and record["settings"].get("weight_average") is not None:
+        places = ("average/0", "average/1")
     several = type(model) in (list, tuple)  # exactly: a Network is a NamedTuple
     models: Any = model if several else [model]
     saved = {name.split("/")[0] for name in arrays}
@@ -88,7 +92,7 @@ def restore(
             f"{os.fspath(checkpoint_dir)} holds {len(saved)} students, and there are "
             f"{len(models)} models"
         )
-    found = [_student(one, i, arrays, _PLACES[which]) for i, one in enumerate(models)]
+    found = [_student(one, i, arrays, places) for i, one in enumerate(models)]
     return found if several else found[0]
 
 
@@ -98,6 +102,9 @@ def _student(model: Model, number: int, arrays: dict[str, np.ndarray], places) -
     for place in places:
         prefix = f"{number}/{place}/"
         own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+        if place.startswith("average"):  # in float32 at least, and the student need not be
+            trained = f"{number}/{_PLACES['last'][int(place[-1])]}/"
+            own = {k: v.astype(arrays[trained + k].dtype) for k, v in own.items()}
         parts.append(own)
     if isinstance(model, nn.Module):
         # Its variables are nested dicts: the names say it all. A projector's come second.

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from kd2m_jax._locks import locked, stop_requests
 from kd2m_jax.errors import NonFiniteLoss, Stopped
 from kd2m_jax.training._identity import check_same
 from kd2m_jax.training._plan import Plan
-from kd2m_jax.training._processes import asked_to_stop, held_by_first
+from kd2m_jax.training._processes import agreed, asked_to_stop, held_by_first
 from kd2m_jax.training._programs import drop_unshared
+from kd2m_jax.training._records import quality
 from kd2m_jax.training._step import owned
 
 _all_finite = jax.jit(lambda tree: jnp.all(jnp.array([jnp.isfinite(x).all() for x in tree])))
@@ -37,16 +39,35 @@ class Session:
         self._plan, self._checkpoints = plan, None
         self._stop_signal: Callable[[], int | None] = lambda: None
         self.states = plan.states
-        self.best = [owned(state.variables) for state in plan.states]
+        self.best = [owned(variables) for variables in self.variables]
         self.epoch = self.position = self.done = 0
-        self._best_scores = [-1.0] * len(plan.networks)
-        self._best_is_new = False
+        self._best_scores = [-math.inf] * len(plan.networks)
+        self._best_is_new = self._stopped = False
         self._saved = (time.monotonic(), 0, 0)  # when, and which epoch and step
 
     @property
+    def variables(self) -> list:
+        """What is evaluated and returned of each student."""
+        return [self._plan.kept(state) for state in self.states]
+
+    @property
     def stopped_short(self) -> bool:
-        """Whether max_steps are done."""
-        return self._plan.max_steps is not None and self.done >= self._plan.max_steps
+        """Whether max_steps are done, or a callback has said "stop"."""
+        return self._stopped or (
+            self._plan.max_steps is not None and self.done >= self._plan.max_steps
+        )
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where in the batches it stands: arguments of `Batches.epoch`."""
+        most = self._plan.max_steps
+        return {
+            "epoch": self.epoch,
+            "steps": self._plan.steps_per_call,
+            "skip": self.position,
+            "done": self.done,
+            "most": None if most is None else most - self.done + 1,  # one tells that there are more
+        }
 
     def run(self, rows: tuple[jax.Array, jax.Array | None], arrays) -> None:
         """Make one call of the program: a step or some, on these rows of the arrays."""
@@ -65,8 +86,8 @@ class Session:
     def end_epoch(self, *, whole: bool) -> None:
         """Evaluate, keep the best, record. Of an epoch that max_steps cut, ``whole`` is False."""
         plan, scores = self._plan, []
-        for i, state in enumerate(self.states):
-            scores.append(plan.evaluate[i](state.variables))
+        for i, (state, variables) in enumerate(zip(self.states, self.variables, strict=True)):
+            scores.append(plan.evaluate[i](variables))
             if not _all_finite(jax.tree.leaves(state.params)):
                 plan.records[i].settle()  # a loss that was not finite before says more
                 whose = plan.records[i].whose
@@ -77,10 +98,10 @@ class Session:
                     f"the test loss{plan.records[i].whose} is not finite after step {self.done}, "
                     "and the parameters are: inputs of eval_data not finite?"
                 )
-            if not scores[i] or scores[i]["test_accuracy"] > self._best_scores[i]:
+            if not scores[i] or quality(scores[i]) > self._best_scores[i]:
                 self._best_is_new = True
-                self._best_scores[i] = scores[i].get("test_accuracy", -1.0)
-                self.best[i] = owned(state.variables)  # the next step donates the state
+                self._best_scores[i] = quality(scores[i]) if scores[i] else -math.inf
+                self.best[i] = owned(variables)  # the next step donates the state
         if whole:
             self.epoch, self.position = self.epoch + 1, 0
         # Callbacks last: where one raises, all of the epoch is done and can be saved.
@@ -100,8 +121,11 @@ class Session:
         firsts = [len(records.history) for records in self._plan.records]
         for i, records in enumerate(self._plan.records):
             records.close(None if scores is None else scores[i])
-        for first, records in zip(firsts, self._plan.records, strict=True):
+        said = [
             records.deliver(first)
+            for first, records in zip(firsts, self._plan.records, strict=True)
+        ]
+        self._stopped = self._stopped or agreed(any(said))
 
     def save(self) -> None:
         """Save the run as it stands, if there is a folder for it and anything new."""
@@ -153,9 +177,12 @@ class Session:
             self._saved = (time.monotonic(), self.epoch, self.done)
             best = checkpoints.restore(self.best, best=True)
             lost = best is None
-            self.best = [owned(s.variables) for s in self.states] if best is None else best[0]
-            for records, old in zip(plan.records, saved["logs"], strict=True):
+            self.best = [owned(v) for v in self.variables] if best is None else best[0]
+            said = [
                 records.replay(old)
+                for records, old in zip(plan.records, saved["logs"], strict=True)
+            ]
+            self._stopped = agreed(any(said))
         if lost and any(records.tests for records in plan.records):
             logging.getLogger(__name__).warning(
                 "the best checkpoint in %s is lost: the best from step %d on is kept instead",
@@ -163,7 +190,7 @@ class Session:
                 self.done,
             )
         tests = [[] if lost else records.tests for records in plan.records]
-        self._best_scores = [max(of_one, default=-1.0) for of_one in tests]
+        self._best_scores = [max(of_one, default=-math.inf) for of_one in tests]
         self._checkpoints = checkpoints
 
     def listen(self, stop_signal: Callable[[], int | None]) -> None:

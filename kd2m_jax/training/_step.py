@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from kd2m_jax.adapters import Network, Tree
 from kd2m_jax.losses._checks import are_distributions, integer_labels
 from kd2m_jax.losses._resolve import AnyMetric
-from kd2m_jax.training._body import Batch, Coef, TrainState, step_body
+from kd2m_jax.training._body import Batch, Coef, TaskLoss, TrainState, step_body
 from kd2m_jax.training._labels import Unlabelled
 from kd2m_jax.training._programs import shared
 
@@ -84,6 +84,7 @@ def make_train_step(
     coef: Coef | str = 1.0,
     task_coef: Coef = 1.0,
     unlabelled: Unlabelled = None,
+    task_loss: TaskLoss | None = None,
 ) -> Step:
     """One training step on one device, compiled as one program.
 
@@ -112,6 +113,10 @@ def make_train_step(
         "balanced" (the same after Sinkhorn balancing of the batch's unlabelled rows to equal
         shares of the classes) or ``("balanced", shares)``. None is "teacher" where the teacher has
         logits for the same images, else "balanced".
+      task_loss: ``(Outputs, labels) -> a scalar or [n]``, in place of the cross-entropy
+        (regression, several labels at once): labels are then whatever it takes, with one row per
+        example, and there is no accuracy. A conditional metric takes ``[n]`` integers for
+        classes; other labels are none to it.
 
     Returns:
       ``step(state, teacher_variables, (x, labels)) -> (state, metrics)``: x ``[n, ...]``, labels
@@ -153,12 +158,13 @@ def make_train_step(
         coef=coef,
         task_coef=task_coef,
         unlabelled=unlabelled,
+        task_loss=task_loss,
         axis=None,
     )
-    return apart(jax.jit(body, donate_argnums=0))
+    return apart(jax.jit(body, donate_argnums=0), any_labels=task_loss is not None)
 
 
-def apart(step: Any) -> Step:
+def apart(step: Any, *, any_labels: bool = False) -> Step:
     """Let a donating step take a teacher that is the student itself, as it is now.
 
     A buffer that is donated and read in one call ends the process.
@@ -173,7 +179,7 @@ def apart(step: Any) -> Step:
                 f"a batch is (x, labels) or (x, labels, outputs), got {len(batch)} parts"
             )
         x, labels, *teacher = batch
-        if not are_distributions(labels):
+        if not any_labels and not are_distributions(labels):
             labels = integer_labels(labels)
         return step(state, teacher_variables, Batch(x, labels, *teacher))
 

@@ -119,12 +119,12 @@ def check_labels(
     metrics: list[AnyMetric],
     teacher: Bank | ClassStatistics | None,
     rule,
-    classes: int,
+    classes: int | None,
     *,
     has_transfer: bool,
 ) -> None:
     """Raise ValueError where a conditional metric would find no class to compare."""
-    if isinstance(rule, tuple) and len(rule[1]) != classes:
+    if isinstance(rule, tuple) and classes is not None and len(rule[1]) != classes:
         raise ValueError(f"'balanced' has {len(rule[1])} shares, and there are {classes} classes")
     if not any(needs_labels(metric) for metric in map(resolve, metrics)):
         return
@@ -133,6 +133,8 @@ def check_labels(
             "unlabelled='drop' leaves the whole transfer set out of a conditional metric, because "
             "none of it has a label"
         )
+    if classes is None:
+        return
     if isinstance(teacher, Bank) and teacher.labels is not None:
         known = np.asarray(teacher.labels)
         if known.min() < -1 or known.max() >= classes or known.max() < 0:

@@ -15,7 +15,7 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import Network, fit, from_nnx, losses, models
+from kd2m_jax import Bank, Network, fit, from_nnx, losses, models
 from kd2m_jax.training import _programs
 
 N, D = 64, 10
@@ -252,3 +252,36 @@ def test_one_trace_of_the_step_and_one_of_evaluation():
     assert sorted(traces) == sorted([*shapes, *step, *evaluation])
     assert len(at_ends) == 3 and at_ends[0] > 0
     assert at_ends[1] == at_ends[2]  # the second epoch still copies the best parameters once
+
+
+# At the top of a module and without arrays: what can be shared, and is held weakly.
+def three(student, teacher, labels):
+    return losses.cw2(student.features, teacher.features, labels)
+
+
+def with_a_key(student, teacher, labels, *, key):
+    noise = 0 * jax.random.normal(key, ())
+    return losses.cw2(student.features, teacher.features, labels) + noise
+
+
+def with_their_labels(student, teacher, labels, *, labels_t=None):
+    apart = {} if labels_t is None else {"labels_t": labels_t}
+    return losses.cw2(student.features, teacher.features, labels, **apart)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", [three, with_a_key, with_their_labels])
+def test_a_metric_that_is_held_weakly_gets_what_it_names(metric):
+    """Its signature is that of the function, and not of what stands for it in the program."""
+    options = {"epochs": 1, "batch_size": 16, "coef": 0.1, "optimizer": optax.sgd(0.1)}
+    found = fit(mlp(1), data(), teacher=mlp(0), metric=metric, **options)
+    same = fit(mlp(1), data(), teacher=mlp(0), metric="cw2", **options)
+    expected = same.history[-1]["distillation_loss"]
+    assert found.history[-1]["distillation_loss"] == pytest.approx(expected, rel=1e-5)
+    if metric is with_their_labels:  # which fit gives where the teacher's rows are others
+        x, labels = data()
+        bank = Bank(mlp(0)(x).features, labels=labels)
+        found = fit(mlp(1), data(), teacher=bank, metric=metric, **options)
+        same = fit(mlp(1), data(), teacher=bank, metric="cw2", **options)
+        expected = same.history[-1]["distillation_loss"]
+        assert found.history[-1]["distillation_loss"] == pytest.approx(expected, rel=1e-5)
