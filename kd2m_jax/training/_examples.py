@@ -168,12 +168,17 @@ def parts(what: str, given: Any) -> Batch:
     return Batch(*(as_arrays(what, part) for part in _three(what, given)))
 
 
+def is_array(given: Any) -> bool:
+    """Tell an array of any library: a table has a shape, too, and columns of several types."""
+    return hasattr(given, "shape") and hasattr(given, "dtype")
+
+
 def as_arrays(what: str, tree: Any) -> Any:
     """Return a tree of NumPy's or JAX's arrays."""
 
     def are_rows(node):  # a list without an array in it holds rows, and is no pytree of arrays
-        inside = jax.tree.leaves(node, is_leaf=lambda one: hasattr(one, "shape"))
-        bare = not any(hasattr(a, "shape") for a in inside)
+        inside = jax.tree.leaves(node, is_leaf=is_array)
+        bare = not any(is_array(a) for a in inside)
         return type(node) in (list, tuple) and bool(inside) and bare
 
     def read(leaf):
@@ -186,7 +191,7 @@ def as_arrays(what: str, tree: Any) -> Any:
             reason = str(error).split("\n")[0]
             raise kind(f"{what} cannot be read as arrays of equal rows: {reason}") from error
 
-    return jax.tree.map(read, tree, is_leaf=lambda node: hasattr(node, "shape") or are_rows(node))
+    return jax.tree.map(read, tree, is_leaf=lambda node: is_array(node) or are_rows(node))
 
 
 def _three(what: str, given: Any) -> tuple[Any, Any, Any]:
@@ -203,8 +208,8 @@ def _three(what: str, given: Any) -> tuple[Any, Any, Any]:
         )
     if isinstance(given, list) and all(isinstance(part, tuple | list | dict) for part in given):
         raise ValueError(f"{what} must be (x, labels) arrays, got a list of batches: join them")
-    if hasattr(given, "shape") or not hasattr(given, "__len__") or len(given) not in (2, 3):
-        kind = "one array" if hasattr(given, "shape") else f"a {type(given).__name__}"
+    if is_array(given) or not hasattr(given, "__len__") or len(given) not in (2, 3):
+        kind = "one array" if is_array(given) else f"a {type(given).__name__}"
         raise ValueError(f"{what} must be (x, labels) or a dict of image and label, got {kind}")
     return given[0], given[1], given[2] if len(given) == 3 else None
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd2m_jax.training._body import Batch
-from kd2m_jax.training._examples import examples, parts
+from kd2m_jax.training._examples import examples, is_array, parts
 
 _AHEAD = 2  # batches that wait on the host, at most
 _THREADS = 8  # of grain, each with a batch in hand
@@ -24,7 +24,7 @@ def are_arrays(data: Any) -> bool:
     if isinstance(data, Mapping):
         return True
     given = data if isinstance(data, tuple) and len(data) in (2, 3) else ()
-    return any(part is None or hasattr(part, "shape") for part in given)
+    return any(part is None or is_array(part) for part in given)
 
 
 def length(data: Any) -> int | None:
@@ -38,7 +38,7 @@ def length(data: Any) -> int | None:
 
 def first_batch(what: str, data: Any, *, any_labels: bool = False) -> Batch:
     """Return the first batch; ValueError where there is none, or it is none."""
-    if hasattr(data, "shape"):
+    if is_array(data):
         raise ValueError(
             f"{what} must be (x, labels) or an iterable of such batches, got one array"
         )
@@ -57,7 +57,7 @@ def first_batch(what: str, data: Any, *, any_labels: bool = False) -> Batch:
             f"{what} is a generator, which can be read only once: pass something that can "
             "be iterated anew each epoch (a list of batches, a grain loader), or arrays"
         )
-    if isinstance(data, list) and len(data) == 2 and hasattr(first, "shape"):
+    if isinstance(data, list) and len(data) == 2 and is_array(first):
         raise ValueError(f"{what} is a list of two arrays: pass them as a tuple (x, labels)")
     return examples(_batch(what, 1), first, any_labels=any_labels)
 
