@@ -17,13 +17,23 @@ from experiments.runs.folder import read_metrics
 from experiments.runs.settings import Run, Settings, check
 
 ROOT = pathlib.Path(__file__).parents[2]
-RUN = [sys.executable, "-m", "experiments.digits", "--teacher=mlp-32-16", "--student=mlp-8-16"]
-RUN += ["--metric=cw2", "--coef=1e-2", "--epochs=8"]
+RUN = [sys.executable, "-m", "experiments.digits"]
+FLAGS = ["--teacher=mlp-32-16", "--student=mlp-8-16"]
+FLAGS += ["--metric=cw2", "--coef=1e-2", "--epochs=8"]
+# The same, but a process counts as dead after 10 s of silence instead of 30.
+IMPATIENT = """
+import runpy
+from experiments.common.cli import prepare_jax
+prepare_jax()
+from kd2m_jax.training import _processes
+_processes._DEAD_AFTER_S = 10
+runpy.run_module("experiments.digits", run_name="__main__")
+"""
 
 
-def start(out, devices, *flags):
+def start(out, devices, *flags, run=RUN):
     return subprocess.Popen(
-        [*RUN, f"--out={out}", *flags],
+        [*run, *FLAGS, f"--out={out}", *flags],
         cwd=ROOT,
         env=environment(devices),
         stdout=subprocess.PIPE,
@@ -32,12 +42,13 @@ def start(out, devices, *flags):
     )
 
 
-def start_two(out, *flags, each=((), ())):
+def start_two(out, *flags, each=((), ()), run=RUN):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = f"--coordinator=localhost:{free.getsockname()[1]}"
     together = ("--distributed", where, "--num-processes=2")
-    return [start(out, 2, *together, f"--process-id={i}", *flags, *each[i]) for i in range(2)]
+    given = [(*together, f"--process-id={i}", *flags, *each[i]) for i in range(2)]
+    return [start(out, 2, *one, run=run) for one in given]
 
 
 def finish(processes, timeout=240):
@@ -96,7 +107,8 @@ def test_one_that_ends_stops_the_other_and_resume_goes_on(
     which, sent, statuses, message, alone, tmp_path
 ):
     out = tmp_path / "run"
-    processes = start_two(out)
+    run = [sys.executable, "-c", IMPATIENT] if sent == signal.SIGKILL else RUN
+    processes = start_two(out, run=run)
     while not any(r["phase"] == "student" for r in read_metrics(out)):
         assert all(p.poll() is None for p in processes)
         time.sleep(0.02)
