@@ -4,7 +4,8 @@ import ast
 import pathlib
 
 # In the order in which someone meets them.
-NAMES = ("digits", "mnist", "cifar", "svhn", "table", "tradeoff", "features", "bound", "bench")
+NAMES = ("digits", "mnist", "cifar", "svhn", "images", "evaluate", "predict", "export")
+NAMES += ("table", "tradeoff", "features", "bound", "bench")
 
 if __name__ == "__main__":
     print("python -m experiments.NAME [--help], with NAME one of\n")

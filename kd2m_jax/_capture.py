@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
+from flax.nnx.tracers import current_jax_trace
 
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Model, Network, Tree, linen_network, mode_of, nnx_network
 from kd2m_jax.losses._checks import choice, did_you_mean
 
 POOLS = ("mean", "first")
+_INSIDE = object()  # for what a layer gave that belongs to a program inside
 
 
 def capture(
@@ -72,7 +75,8 @@ def capture(
     if isinstance(module, nnx.Module):
         return nnx_network(module, read.of_nnx)
     if isinstance(module, nn.Module):
-        return linen_network(module, variables, read.of_linen, read.layers)
+        of_linen = functools.partial(read.of_linen, module)
+        return linen_network(module, variables, of_linen, read.layers)
     raise TypeError(f"capture takes an NNX or a Linen module, got {type(module).__name__}")
 
 
@@ -134,16 +138,23 @@ class _Read:
         silent = found.keys() - seen.keys()
         if silent:
             raise ValueError(f"the layer {min(silent)!r} is not called, so it gives no output")
-        return self._outputs(returned, seen, lambda: [p for p, _ in _nnx_layers(module)])
+        if inside := [name for name, out in seen.items() if out is _INSIDE]:
+            raise ValueError(
+                f"the layer {inside[0]!r} is called inside nnx.scan, nnx.jit or nnx.remat, where "
+                "it cannot be read: name the layer around it"
+            )
+        return self._outputs(returned, seen, lambda: [p for p, _ in _nnx_layers(module)], x)
 
-    def of_linen(self, returned: Any, variables: Mapping) -> Outputs:
+    def of_linen(self, module: Any, returned: Any, variables: Mapping, x: Tree) -> Outputs:
         """Read what a Linen module returned and its intermediates."""
         held = dict(_flat(variables.get("intermediates", {})))
         seen = {n: held[_underscored(n)] for n in self.names if _underscored(n) in held}
-        # Only what was asked for is captured, so the paths to choose from are not known here.
-        return self._outputs(returned, seen, lambda: [])
+        # Only what was asked for is captured: the paths to choose from take a call of their own.
+        return self._outputs(
+            returned, seen, lambda: [path for path, *_ in _linen_rows(module, None, x)], x
+        )
 
-    def _outputs(self, returned: Any, seen: dict[str, Any], paths) -> Outputs:
+    def _outputs(self, returned: Any, seen: dict[str, Any], paths, x: Tree) -> Outputs:
         named = {**(returned if isinstance(returned, Mapping) else {}), **seen}
 
         def one(name: str) -> Any:
@@ -162,6 +173,16 @@ class _Read:
         for name, array in zip(self.maps, maps, strict=True):
             if getattr(array, "ndim", 0) != 4:
                 raise ValueError(f"maps must be [n, h, w, c], and {name!r} is {_shape(array)}")
+        rows = len(jax.tree.leaves(x)[0])
+        for name, array in (
+            (self.features, one(self.features)),
+            *zip(self.maps, maps, strict=True),
+        ):
+            if getattr(array, "ndim", 0) and len(array) != rows:
+                raise ValueError(
+                    f"{name!r} gives {_shape(array)} for {rows} rows: the first axis must be the "
+                    "batch"
+                )
         return Outputs(_pooled(self.features, one(self.features), self.pool), logits, maps)
 
 
@@ -212,12 +233,13 @@ def _recorded(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     nothing for this before 0.12 (``nnx.capture``).
     """
     seen: dict[str, Any] = {}
-    own = {name: type(node) for name, node in found.items()}
+    own, outer = {name: type(node) for name, node in found.items()}, current_jax_trace()
 
     def recording(name: str, cls: type) -> type:
         def call(self, *args, **options):
-            seen[name] = cls.__call__(self, *args, **options)
-            return seen[name]
+            out = cls.__call__(self, *args, **options)
+            seen[name] = out if current_jax_trace() == outer else _INSIDE
+            return out
 
         return type(cls.__name__, (cls,), {"__call__": call})
 

@@ -225,10 +225,10 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
 def linen_network(
     module: nn.Module,
     variables: dict | None,
-    read: Callable[[Any, dict], Outputs],
+    read: Callable[[Any, dict, Tree], Outputs],
     layers: tuple[str, ...] = (),
 ) -> Network:
-    """Wrap a Linen module whose outputs ``read(returned, intermediates of layers)`` makes."""
+    """Wrap a Linen module whose outputs ``read(returned, intermediates of layers, x)`` makes."""
 
     def init(key, x):
         if variables is None:
@@ -247,8 +247,8 @@ def linen_network(
     return Network(init, functools.partial(_apply_linen, module, read, layers), export, own)
 
 
-def _returned(name: str, returned: Any, intermediates: dict) -> Outputs:
-    del intermediates
+def _returned(name: str, returned: Any, intermediates: dict, x: Tree) -> Outputs:
+    del intermediates, x
     return _outputs(returned, name)
 
 
@@ -268,13 +268,13 @@ def _apply_linen(module: nn.Module, read, layers, params, state, x, *, train, rn
     if not train:
         returned = module.apply(variables, x, **mode, mutable=own)
         out, seen = returned if own else (returned[0], {})
-        return read(out, seen), state
+        return read(out, seen, x), state
     # A stream that has no key of its own draws from "params", so any named one advances.
     rngs = {} if rng is None else {"dropout": rng, "params": jax.random.fold_in(rng, 1)}
     with nn.intercept_methods(synchronise):
         out, seen = module.apply(variables, x, **mode, rngs=rngs, mutable=[*state, *own])
     new_state = {name: value for name, value in seen.items() if name in state}
-    return read(out, seen), new_state
+    return read(out, seen, x), new_state
 
 
 def as_network(model: Model) -> Network:

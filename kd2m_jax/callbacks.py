@@ -10,18 +10,21 @@ import numpy as np
 class EarlyStopping:
     """End a run when a score of ``eval_data`` has not improved for a while.
 
-    `FitResult.best` is then the best epoch's student. Give ``eval_data`` that is held out of the
-    training data: what decides when to stop is no test set any more. Of a population it ends the
-    run when none of its students has improved. A resumed run counts on, and so remains ended.
+    `FitResult.best` is then the student of the epoch with the best accuracy (or task loss),
+    whatever is monitored. Give ``eval_data`` that is held out of the training data: what decides
+    when to stop is no test set any more. Of a population it ends the run when none of its students
+    has improved. A resumed run counts on, and so remains ended. An evaluation after ``max_steps``
+    counts as any other.
 
     Args:
       patience: >= 1, evaluations without an improvement.
       monitor: the score's name in the records; by default what decides which epoch is the best:
         "test_accuracy" or, with a ``task_loss``, "test_loss".
-      minimize: whether lower is better; by default of a name that ends with "loss".
+      minimize: whether lower is better; by default of a name that ends with "loss" or "ece".
 
     Raises:
-      ValueError: patience below 1; at the first evaluation, a score that is not there.
+      ValueError: patience below 1; in `fit`, no ``eval_data``; at the first evaluation, a score
+        that is not there.
 
     Example:
       >>> stop = EarlyStopping(2)
@@ -37,25 +40,34 @@ class EarlyStopping:
         if not isinstance(patience, int | np.integer) or patience < 1:
             raise ValueError(f"patience must be a whole number >= 1, got {patience!r}")
         self.patience, self.monitor, self.minimize = int(patience), monitor, minimize
-        self._of_student: dict[int, tuple[float, int]] = {}  # the best, evaluations since then
+        self.begin("test_accuracy")
+
+    def begin(self, monitor: str) -> None:
+        """Forget what was seen, before a run: `fit` calls it, with what decides the best epoch."""
+        self._default = monitor
+        # For each student: the best, evaluations since then, evaluations in all.
+        self._seen: dict[int, tuple[float, int, int]] = {}
 
     def __call__(self, record: dict) -> str | None:
         """Look at a record: "stop" where patience is at its end."""
         if "test_loss" not in record:  # none of an evaluation
             return None
-        monitor = self.monitor
-        if monitor is None:
-            monitor = "test_accuracy" if "test_accuracy" in record else "test_loss"
+        monitor = self.monitor or self._default
         if monitor not in record:
+            if record.get("replayed"):  # of a run that did not have it yet
+                return None
             scores = ", ".join(name for name in record if name.startswith("test_"))
             raise ValueError(f"there is no score {monitor!r} to stop by: {scores}")
-        lower = monitor.endswith("loss") if self.minimize is None else self.minimize
+        lower = monitor.endswith(("loss", "ece")) if self.minimize is None else self.minimize
         score = -record[monitor] if lower else record[monitor]
         student = record.get("student", 0)
-        best, since = self._of_student.get(student, (-np.inf, 0))
-        self._of_student[student] = (score, 0) if score > best else (best, since + 1)
-        waiting = any(since < self.patience for _, since in self._of_student.values())
-        return None if waiting else "stop"
+        best, since, count = self._seen.get(student, (-np.inf, 0, 0))
+        best, since = (score, 0) if score > best else (best, since + 1)
+        self._seen[student] = (best, since, count + 1)
+        # Of a population the records of one evaluation come one by one.
+        all_there = len({count for *_, count in self._seen.values()}) == 1
+        waiting = any(since < self.patience for _, since, _ in self._seen.values())
+        return "stop" if all_there and not waiting else None
 
 
 @dataclasses.dataclass(frozen=True)

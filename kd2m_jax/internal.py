@@ -39,11 +39,15 @@ if TYPE_CHECKING:
     from kd2m_jax.training._processes import watched as watched
     from kd2m_jax.training._progress import Progress as Progress
     from kd2m_jax.training._records import Records as Records
+    from kd2m_jax.training._scores import accuracy as accuracy
+    from kd2m_jax.training._scores import calibration_error as calibration_error
 
 _HOMES = {
     "Batches": "training._batches",
     "steps_per_call": "training._batches",
     "steps_per_epoch": "training._batches",
+    "accuracy": "training._scores",
+    "calibration_error": "training._scores",
     "Checkpoints": "training._checkpoints",
     "compiler_flags": "_compiler",
     "compiler_flags_in_force": "_compiler",

@@ -19,6 +19,7 @@ MODULES = {
 
 # Exceptions to the rules below, each with its reason.
 NO_ARRAYS = {  # they take and give no arrays, so there are no shapes to name
+    "EarlyStopping", "WeightAverage",
     "get_metric", "metric_sum", "from_linen", "from_nnx", "load_torch_weights", "Metric",
     "MetricSum", "MetricInfo", "Network", "FitResult", "published", "restore",
 }  # fmt: skip

@@ -1,10 +1,12 @@
 """Other people's networks, unedited, as students and teachers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from foreign import LinenResNet, NnxResNet, NnxViT, equinox_net
 
@@ -198,3 +200,52 @@ def test_a_plain_equinox_network_and_its_mistakes():
         from_equinox(net).apply(net, None, jnp.ones((2, 4)), train=False)
     with pytest.raises(TypeError, match="takes an Equinox module, got function"):
         from_equinox(lambda x: x)
+
+
+class Turned(nnx.Module):
+    """Its layer sees two time steps before the batch."""
+
+    def __init__(self, rngs):
+        self.a, self.fc = nnx.Linear(6, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(self.a(jnp.stack([x, x])).mean(0))
+
+
+class Compiled(Turned):
+    @nnx.jit
+    def __call__(self, x):
+        return self.fc(self.a(x))
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Dense(5, name="hidden")(x))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_read_is_named_with_the_layer():
+    x = jnp.ones((8, 6))
+    for network, message in (
+        (capture(Turned(nnx.Rngs(0)), features="a"), r"'a' gives \[2, 8, 5\] for 8 rows"),
+        (capture(Compiled(nnx.Rngs(0)), features="a"), "'a' is called inside nnx.scan, nnx.jit"),
+        (capture(Plain(), Plain().init(jax.random.key(0), x), features="hiden"), "hidden"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kd2m_jax.outputs(network, x)
+
+
+@pytest.mark.slow
+def test_a_capture_of_linen_is_restored_without_variables(tmp_path):
+    x, labels = jnp.ones((8, 6)), jnp.arange(8) % 3
+    options = {"epochs": 1, "batch_size": 8, "checkpoint_dir": tmp_path}
+    network = capture(Plain(), features="hidden")
+    trained = kd2m_jax.fit(network, (x, labels), **options).student
+    chex.assert_trees_all_equal(kd2m_jax.restore(tmp_path, network), trained)
+
+
+def test_a_module_is_no_variables():
+    net = Turned(nnx.Rngs(0))
+    with pytest.raises(TypeError, match="a trained module is the model itself"):
+        kd2m_jax.predict(capture(net, features="a"), jnp.ones((8, 6)), variables=net)

@@ -104,9 +104,10 @@ ROOMS = [
     ("common",),
     ("data",),
     ("runs",),
-    ("digits", "mnist", "cifar", "svhn"),
+    ("digits", "mnist", "cifar", "svhn", "images"),
     ("analysis", "studies", "bench"),
-    ("table", "tradeoff", "features", "bound", "__main__", "__init__"),
+    ("table", "tradeoff", "features", "bound", "evaluate", "predict", "export"),
+    ("__main__", "__init__"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -11,24 +12,31 @@ class Dataset:
     """A data set in memory.
 
     Attributes:
-      name: a key of `DATASETS`.
+      name: a key of `DATASETS`, or "images".
       classes: the names of the classes; label i is `classes[i]`.
-      train: images uint8 [n, height, width, channels], labels int32 [n].
+      train: images uint8 [n, height, width, channels] (or `pictures.Pictures`, which are read when
+        they are asked for), labels int32 [n].
       test: likewise.
       mean: the mean of the training pixels per channel, in units of the raw uint8 value.
       std: their standard deviation, likewise.
       crop_padding: augment by a random crop after padding by this many pixels; 0: no crop.
       flip: augment by a random horizontal flip.
+      transfer: images without labels, for the distance alone, or None.
+      digest: a hash of all images and labels, where it is known; else they are hashed.
+      origin: where images of one's own come from, to read them again; else None.
     """
 
     name: str
     classes: tuple[str, ...]
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
+    train: tuple[Any, np.ndarray]
+    test: tuple[Any, np.ndarray]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_padding: int
     flip: bool
+    transfer: Any = None
+    digest: str | None = None
+    origin: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,8 @@ def shortened(dataset: Dataset, examples: int) -> Dataset:
 
 def data_sha256(dataset: Dataset) -> str:
     """Hash all images and labels, for training and for testing."""
+    if dataset.digest is not None:
+        return dataset.digest
     return sha256(*(array.tobytes() for array in (*dataset.train, *dataset.test)))
 
 

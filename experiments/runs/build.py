@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Matching(TypedDict, total=False):
     metric: Metric
     coef: Coef
     task_coef: float
+    transfer: Any
+    transfer_batch_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,12 +100,16 @@ class Plan:
     def matching(self, teacher: nnx.Module) -> Matching:
         """Return the arguments of `kd2m_jax.fit` that distil from this trained teacher."""
         assert self.metric is not None, "a run of the student alone has nothing to match"
-        return {
+        found: Matching = {
             "teacher": teacher,
             "metric": with_class_cost(self.metric, teacher, self.dataset),
             "coef": self.coef,
             "task_coef": self.config.task_coef,
         }
+        if (transfer := self.dataset.transfer) is not None:
+            size = PROTOCOLS[self.config.protocol].batch_size
+            found |= {"transfer": transfer, "transfer_batch_size": min(size, len(transfer))}
+        return found
 
 
 def build(settings: Settings | RunConfig, dataset: Dataset) -> Plan:
@@ -114,7 +120,7 @@ def build(settings: Settings | RunConfig, dataset: Dataset) -> Plan:
     """
     config = configuration(settings, dataset) if isinstance(settings, Settings) else settings
     metric = _metric(config)
-    teacher, student = (_network(role, dataset, config) for role in ("teacher", "student"))
+    teacher, student = (network(role, dataset, config) for role in ("teacher", "student"))
     parameters = {"teacher": _parameters(teacher), "student": _parameters(student)}
     distilled, projectors = student, ()
     if metric is not None:
@@ -199,10 +205,10 @@ def _coefficient(config: RunConfig, per_epoch: int) -> Coef:
     return config.coef[0] if len(config.coef) == 1 else 1.0
 
 
-def _network(role: str, dataset: Dataset, config: RunConfig) -> nnx.Module:
+def network(role: str, dataset: Dataset, config: RunConfig) -> nnx.Module:
     """Build a network by its name, with random or pretrained weights."""
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[config.precision]
-    network = models.build(
+    built = models.build(
         getattr(config, role),
         num_classes=len(dataset.classes),
         image_shape=dataset.train[0].shape[1:],
@@ -212,9 +218,9 @@ def _network(role: str, dataset: Dataset, config: RunConfig) -> nnx.Module:
     )
     path = getattr(config, f"pretrained_{role}")
     if path is None:
-        return network
+        return built
     try:
-        return models.load_torch_weights(network, path, replace_head=True)
+        return models.load_torch_weights(built, path, replace_head=True)
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(f"--pretrained-{role}: {error}") from error
 

@@ -35,6 +35,7 @@ ABSENT = {
     "per_class": None,
     "published": None,
     "solver": "sinkhorn",
+    "images": None,
 }
 
 
@@ -54,6 +55,7 @@ class RunConfig:
       optimizer: the protocol's summary.
       solver: what w2, cw2 and jw2 take where ``metric`` does not say.
       published: the published weights of a metric whose coef is "published".
+      images: where images of one's own come from, and their classes; None of a known data set.
       parameters: how many parameters "teacher" and "student" have; empty until they are built.
 
     The other fields are the flags of the same names.
@@ -83,6 +85,7 @@ class RunConfig:
     max_steps: int | None
     solver: str = "sinkhorn"
     published: dict[str, Any] | None = None
+    images: dict[str, Any] | None = None
     parameters: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -104,7 +107,7 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the content of config.json; what says nothing is left out."""
         content = dataclasses.asdict(self) | {"coef": list(self.coef)}
-        for key in ("published", "solver"):
+        for key in ("published", "solver", "images"):
             if content[key] == ABSENT[key]:
                 del content[key]
         return content
@@ -155,12 +158,13 @@ def configuration(settings: Settings, dataset: Dataset) -> RunConfig:
         protocol=t.protocol,
         optimizer=protocol.summary,
         epochs=t.epochs or protocol.epochs,
-        batch_size=t.batch_size or protocol.batch_size,
+        batch_size=t.batch_size or min(protocol.batch_size, len(dataset.train[0])),
         per_class=t.per_class,
         precision=t.precision,
         seed=t.seed,
         max_steps=settings.run.max_steps,
         published=published,
+        images=dataset.origin,
     )
 
 

@@ -117,6 +117,24 @@ class CifarSettings(Settings):
     ] = "cifar10"
 
 
+@dataclasses.dataclass(frozen=True)
+class ImagesSettings(Settings):
+    """`Settings`, and which pictures."""
+
+    train: Annotated[str | None, optional("DIR", "none, but needed")] = None
+    """A folder of pictures per class in it."""
+    test: Annotated[str | None, optional("DIR", "a part of --train")] = None
+    """Likewise, to test on."""
+    val_fraction: float = 0.2
+    """That part of each class."""
+    size: int = 64
+    """Height and width in pixels."""
+    labels_per_class: Annotated[int | None, optional("INT", "all")] = None
+    """Keep so many; the rest have none."""
+    skip_unreadable: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave damaged files out."""
+
+
 def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
     """Return the numbers in --coef, or "auto:RATIO" or "published"."""
     coef = distillation.coef
@@ -164,9 +182,22 @@ def check(settings: Settings) -> None:
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}")
+    if isinstance(settings, ImagesSettings):
+        _check_images(settings)
     if not r.save_every >= 0:
         raise UsageError(f"--save-every must be >= 0 seconds, got {r.save_every:g}")
     _check_processes(r)
+
+
+def _check_images(images: ImagesSettings) -> None:
+    if images.train is None:
+        raise UsageError("--train is needed: a folder with a folder of pictures per class")
+    if not 8 <= images.size <= 1024:
+        raise UsageError(f"--size must be from 8 to 1024 pixels, got {images.size}")
+    if not 0 < images.val_fraction < 1:
+        raise UsageError(f"--val-fraction must be between 0 and 1, got {images.val_fraction}")
+    if images.labels_per_class is not None and images.labels_per_class < 1:
+        raise UsageError(f"--labels-per-class must be at least 1, got {images.labels_per_class}")
 
 
 def _check_processes(run: Run) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Unpack
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from experiments.common import files
 from experiments.common.errors import UsageError
 from experiments.data.load import load
+from experiments.data.pictures import Pictures, for_fit
 from experiments.data.specs import Dataset
 from experiments.runs import report
 from experiments.runs.build import Matching, Plan, build, check_names, solvers
@@ -37,12 +39,16 @@ from kd2m_jax.internal import (
 LOG_EVERY = 10  # steps from one record to the next
 
 
-def train_and_report(settings: Settings, dataset_name: str) -> None:
-    """Run the three phases into a run folder and print its table."""
+def train_and_report(settings: Settings, data: str | Callable[[], Dataset]) -> None:
+    """Run the three phases into a run folder and print its table.
+
+    The data set is one of `DATASETS`, by its name, or what a function reads.
+    """
     check(settings)
     with started(settings.run):
         check_names(settings)
-        dataset = after_first(lambda: load(dataset_name, settings.run.data_dir))
+        read = (lambda: load(data, settings.run.data_dir)) if isinstance(data, str) else data
+        dataset = after_first(read)
         folder = distil(settings, dataset)
         print(f"\n{report.text_table(folder)}\n\nReport: {folder.report}")
 
@@ -118,8 +124,8 @@ def run_phase(
         callbacks = [stack.enter_context(folder.writer(phase)), bar] if is_first() else []
         result = fit(
             network,
-            plan.dataset.train,
-            eval_data=plan.dataset.test,
+            for_fit(plan.dataset.train, plan.config.batch_size, plan.config.seed),
+            eval_data=for_fit(plan.dataset.test, 500, None),
             log_every=LOG_EVERY,
             callbacks=callbacks,
             checkpoint_dir=checkpoint_dir,
@@ -160,6 +166,11 @@ def _check_batch(plan: Plan) -> None:
     """Raise UsageError for a batch that does not fit the training set or the devices."""
     size, per_class, number = plan.config.batch_size, plan.config.per_class, jax.device_count()
     images, labels = plan.dataset.train
+    if per_class and isinstance(images, Pictures):
+        raise UsageError(
+            f"--per-class orders pictures in memory, and these do not fit: {len(images):,} of "
+            f"{images.size}x{images.size}"
+        )
     if size > len(images):
         raise UsageError(
             f"--batch-size {size} is larger than the training set ({len(images)} images)"

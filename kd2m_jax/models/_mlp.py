@@ -61,7 +61,7 @@ class MLP(nnx.Module):
         check_array("MLP", x)
         if math.prod(x.shape[1:]) != self.in_features:
             raise ValueError(f"expected {self.in_features} values per example, got {x.shape[1:]}")
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         for layer in self.hidden:
             x = nnx.relu(layer(x))
         features = x.astype(self.fc.dtype)

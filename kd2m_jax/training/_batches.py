@@ -1,5 +1,6 @@
 """Where `fit` takes its batches from."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ class Batches:
                 "(x, labels, outputs) or under 'teacher'"
             )
         self._iterable = data
-        first = first_batch("data", data, any_labels=self._any_labels)
+        first, self._first = first_batch("data", data, any_labels=self._any_labels)
         self.steps_per_epoch = length(data)
         # What later batches have is not known.
         self.has_labels, self.all_labelled = self._any_labels or has_labels(first.labels), False
@@ -217,17 +218,37 @@ class Batches:
         skip: int = 0,
         done: int | None = None,
         most: int | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ):
         """Pairs of row numbers and the arrays they index.
 
         Row numbers are ``[steps, devices, n / devices]`` of the examples, and the same of the
         transfer set or None. The first ``skip`` steps of the epoch are passed over: a resumed run
         has done them. ``done`` is how many steps the run has done in all, which decides where in
-        the transfer set it is; of an iterable no more than ``most`` batches are read.
+        the transfer set it is; of an iterable no more than ``most`` batches are read, and
+        ``waiting`` is called now and then while the next one is waited for.
         """
         done = skip if done is None else done
         if self._iterable is not None:
-            read = read_epoch("data", self._iterable, epoch, skip=skip, most=most)
+            yield from self._stream(epoch, skip, done, most, waiting)
+            return
+        order = self._order(epoch)
+        total = len(order) // self._batch_size
+        start = skip
+        while start < total:
+            stop = min((start // steps + 1) * steps, total)  # where calls end without a skip, too
+            rows = order[start * self._batch_size : stop * self._batch_size]
+            transfer = self._transfer_rows(done + start - skip, stop - start)
+            yield (self._split(rows, stop - start), transfer), self._arrays
+            start = stop
+
+    def _stream(self, epoch: int, skip: int, done: int, most: int | None, waiting):
+        """Give the batches of an iterable as `epoch` gives them."""
+        read = read_epoch(
+            "data", self._iterable, epoch, skip=skip, most=most, waiting=waiting, first=self._first
+        )
+        self._first = None
+        with contextlib.closing(read):
             for number, (name, batch) in enumerate(read):
                 own = checked(name, batch, self.classes, any_labels=self._any_labels)
                 arrays = jax.tree.map(jnp.asarray, own)
@@ -240,16 +261,6 @@ class Batches:
                     )
                 rows = self._split(jnp.arange(len(own.labels)), 1)
                 yield (rows, self._transfer_rows(done + number, 1)), arrays
-            return
-        order = self._order(epoch)
-        total = len(order) // self._batch_size
-        start = skip
-        while start < total:
-            stop = min((start // steps + 1) * steps, total)  # where calls end without a skip, too
-            rows = order[start * self._batch_size : stop * self._batch_size]
-            transfer = self._transfer_rows(done + start - skip, stop - start)
-            yield (self._split(rows, stop - start), transfer), self._arrays
-            start = stop
 
     def _transfer_rows(self, first: int, steps: int) -> jax.Array | None:
         """Return the transfer set's row numbers of these steps of the run; its epochs are its own.
@@ -305,15 +316,16 @@ def steps_per_epoch(labels, batch_size: int, per_class: int | None) -> int:
 
     ValueError for a class of which there is no whole run: it would never be drawn.
     """
+    if per_class is None:
+        return len(labels) // batch_size
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
-    size = per_class or 1
-    if per_class and (rare := counts < per_class).any():
+    if (rare := counts < per_class).any():
         named = ", ".join(f"{c} ({n})" for c, n in zip(classes[rare], counts[rare], strict=True))
         raise ValueError(
             f"per_class {per_class} would never draw these classes, which have fewer examples: "
             f"{named[:200]}"
         )
-    return int((counts - counts % size).sum()) // batch_size
+    return int((counts - counts % per_class).sum()) // batch_size
 
 
 def _all_numbered(labels: Any) -> bool:

@@ -144,9 +144,9 @@ class Checkpoints:
                 continue
             if not same:
                 raise CheckpointError(
-                    f"the checkpoint in {manager.directory} is of another network or optimizer "
-                    "than this run's: resume with the settings it was made with, or use another "
-                    "folder"
+                    f"the checkpoint in {manager.directory} is of another network, optimizer or "
+                    "average of the weights than this run's: resume with the settings it was made "
+                    "with, or use another folder"
                 )
             if not best:  # records from before November 2026 name none: then it is the newest
                 self._best_step = record.get("best_step")

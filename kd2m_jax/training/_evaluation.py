@@ -1,5 +1,6 @@
 """Evaluation, of a batch and of a test set, which arrays or an iterable hold."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -13,15 +14,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import DEVICES, Apply, Network
-from kd2m_jax.losses._checks import are_distributions, integer_labels
+from kd2m_jax.losses._checks import integer_labels
 from kd2m_jax.losses._metrics import as_outputs
 from kd2m_jax.training._body import Batch, TaskLoss, own_task
 from kd2m_jax.training._examples import check_memory, checked, examples, has_labels
+from kd2m_jax.training._labels import are_class_numbers
 from kd2m_jax.training._preprocess import Prepare
 from kd2m_jax.training._processes import every_row, summed
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._scores import Score, scored
-from kd2m_jax.training._streams import are_arrays, first_batch, read_epoch
+from kd2m_jax.training._streams import (
+    are_arrays,
+    first_batch,
+    is_map_dataset,
+    length,
+    read_epoch,
+)
 
 
 def make_eval_step(network: Network) -> Callable[..., dict[str, jax.Array]]:
@@ -126,22 +134,29 @@ class TestSet:
             check_memory("eval_data", data, mesh.devices.flat[0])
             first = examples("eval_data", data, task.classes, any_labels=task.any_labels)
         else:
-            first = first_batch("eval_data", data, any_labels=task.any_labels)
-        self._check(first)
+            if length(data) is None and hasattr(data, "__len__") and is_map_dataset(data):
+                raise ValueError("eval_data never ends: leave out its repeat()")
+            first, _ = first_batch("eval_data", data, any_labels=task.any_labels)
+        self._check("eval_data", first)
+        if in_memory and not task.any_labels and not has_labels(first.labels):
+            raise ValueError("eval_data has no label")
         # One shape for all batches, split over the devices; the last one is filled up.
         count = len(range(jax.process_index(), len(first.labels), jax.process_count()))
         self._size = -(-(min(count, 500) if in_memory else count) // mesh.size) * mesh.size
         self._placed = list(self._cut(first)) if in_memory else None
 
-    def _check(self, batch: Batch) -> None:
-        if not self._task.any_labels and (
-            are_distributions(batch.labels) or not has_labels(batch.labels)
-        ):
-            raise ValueError("eval_data needs class numbers [n] as labels, -1 where there is none")
-        if self._task.compares and self._task.teacher is None and batch.teacher is None:
+    def _check(self, name: str, batch: Batch) -> None:
+        """Raise ValueError for labels or outputs that the scores cannot use."""
+        task = self._task
+        of_classes = [s for s in task.scores.values() if s in ("accuracy", "top-5", "ece")]
+        if (of_classes or not task.any_labels) and not are_class_numbers(batch.labels):
+            raise ValueError(f"{name} needs class numbers [n] as labels, -1 where there is none")
+        if not task.compares or task.teacher is not None:
+            return
+        if batch.teacher is None or batch.teacher.logits is None:
             raise ValueError(
-                "agreement compares with the teacher on eval_data: with a network as the teacher, "
-                "or with eval_data that brings its outputs, as (x, labels, outputs)"
+                f"agreement compares with the teacher's logits on {name}: with a network as the "
+                "teacher, or with eval_data that brings its outputs, as (x, labels, outputs)"
             )
 
     def __iter__(self) -> Iterator[tuple[Batch, jax.Array]]:
@@ -149,9 +164,12 @@ class TestSet:
         if self._placed is not None:
             yield from self._placed
             return
-        for name, batch in read_epoch("eval_data", self._data, 0):
-            task = self._task
-            yield from self._cut(checked(name, batch, task.classes, any_labels=task.any_labels))
+        task = self._task
+        with contextlib.closing(read_epoch("eval_data", self._data)) as read:
+            for name, batch in read:
+                found = checked(name, batch, task.classes, any_labels=task.any_labels)
+                self._check(name, found)
+                yield from self._cut(found)
 
     def _cut(self, batch: Batch) -> Iterator[tuple[Batch, jax.Array]]:
         """Cut this process's rows into batches of one size, on the devices."""
@@ -240,7 +258,9 @@ def _program(
     @jax.jit
     def program(variables, teacher_variables, batch, real):
         x, labels = batch.x, batch.labels
-        x, _ = prepare(x, labels, None)
+        x, changed = prepare(x, labels, None)
+        if task_loss is not None:  # in training it sees them as they come from there
+            labels = changed
         params, state = variables
         out, _ = apply(params, state, x, train=False, rng=None)
         if task_loss is None:

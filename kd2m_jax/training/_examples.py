@@ -38,6 +38,8 @@ def checked(
 ) -> Batch:
     """Return what `parts` found, checked as `examples` says."""
     x, labels, teacher, _ = given
+    if labels is None and any_labels:
+        raise ValueError(f"{what} has no labels, and task_loss takes some: zeros, if it needs none")
     if labels is None:
         labels = np.full(check_rows(what, x), -1, np.int32)
     if any_labels:
@@ -96,7 +98,7 @@ def check_rows(what: str, x: Any, n: int | None = None) -> int:
             others = "" if n is None else f", but {n} labels"
             raise ValueError(f"{what} has {inputs}{others}")
         n = rows
-        _check_numbers(what, leaf)
+        _check_numbers(f"{what}: x", leaf)
     if not n:
         raise ValueError(f"{what} has no examples")
     return n
@@ -165,7 +167,15 @@ def parts(what: str, given: Any) -> Batch:
 
     Whatever NumPy reads becomes its array: tensors of other libraries, lists of numbers, images.
     """
-    return Batch(*(as_arrays(what, part) for part in _three(what, given)))
+    x, labels, teacher = _three(what, given)
+    if isinstance(labels, list | tuple):  # of numbers, NumPy's scalars or rows, and never a tree
+        labels = _read(what, labels)
+    x, labels, teacher = (as_arrays(what, part) for part in (x, labels, teacher))
+    if type(x) is list and np.ndim(labels) and len(x) == len(labels):
+        shapes = {np.shape(leaf) for leaf in x}
+        if len(shapes) == 1 and np.shape(x[0])[:1] != (len(labels),):  # a list of its rows
+            x = np.stack(x)
+    return Batch(x, labels, teacher)
 
 
 def is_array(given: Any) -> bool:
@@ -175,23 +185,26 @@ def is_array(given: Any) -> bool:
 
 def as_arrays(what: str, tree: Any) -> Any:
     """Return a tree of NumPy's or JAX's arrays."""
+    is_leaf = lambda node: is_array(node) or are_rows(node)  # noqa: E731
+    return jax.tree.map(lambda leaf: _read(what, leaf), tree, is_leaf=is_leaf)
 
-    def are_rows(node):  # a list without an array in it holds rows, and is no pytree of arrays
-        inside = jax.tree.leaves(node, is_leaf=is_array)
-        bare = not any(is_array(a) for a in inside)
-        return type(node) in (list, tuple) and bool(inside) and bare
 
-    def read(leaf):
-        if isinstance(leaf, np.ndarray | jax.Array):
-            return leaf
-        try:
-            return np.asarray(leaf)
-        except Exception as error:  # NumPy's, or the other library's
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            reason = str(error).split("\n")[0]
-            raise kind(f"{what} cannot be read as arrays of equal rows: {reason}") from error
+def are_rows(node: Any) -> bool:
+    """Tell a list that holds rows, and no array, from a pytree of arrays."""
+    inside = jax.tree.leaves(node, is_leaf=is_array)
+    bare = not any(is_array(a) or isinstance(a, str) for a in inside)
+    return type(node) in (list, tuple) and bool(inside) and bare
 
-    return jax.tree.map(read, tree, is_leaf=lambda node: is_array(node) or are_rows(node))
+
+def _read(what: str, leaf: Any) -> Any:
+    if isinstance(leaf, np.ndarray | jax.Array):
+        return leaf
+    try:
+        return np.asarray(leaf)
+    except Exception as error:  # NumPy's, or the other library's
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        reason = str(error).split("\n")[0]
+        raise kind(f"{what} cannot be read as arrays of equal rows: {reason}") from error
 
 
 def _three(what: str, given: Any) -> tuple[Any, Any, Any]:
@@ -220,10 +233,10 @@ def _check_numbers(what: str, x: Any) -> None:
         return
     x = np.asarray(x)
     if x.dtype.kind in "USO":
-        raise TypeError(f"{what}: x must be numbers, got {x.dtype}")
+        raise TypeError(f"{what} must be numbers, got {x.dtype}")
     if x.dtype.kind not in "iu":
         return
     limits = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
     wider = x.dtype.itemsize > limits.bits // 8 and x.size
     if wider and (x.min() < limits.min or x.max() > limits.max):
-        raise ValueError(f"{what}: x has integers that do not fit into {limits.bits} bits")
+        raise ValueError(f"{what} has integers that do not fit into {limits.bits} bits")

@@ -235,7 +235,8 @@ def fit(
       task_loss: ``(Outputs, labels) -> a scalar or [n]`` in place of the cross-entropy, for
         regression or several labels at once, say: labels are then whatever it takes, with one row
         per example (``[n]`` integers are classes to a conditional metric, others are none). There
-        is no accuracy then, and ``test_loss`` is the mean of the loss of each example alone.
+        is no accuracy then, and ``test_loss`` is the mean of the loss of each example alone,
+        which must be finite; a ``preprocess`` of three arguments prepares those labels too.
       optimizer: an optax optimizer; Adam with a cosine from 1e-3 to 0 by default.
       epochs: passes over the data.
       batch_size: global, over all devices; of arrays. An epoch drops the incomplete last batch.
@@ -243,8 +244,8 @@ def fit(
         conditional metric has more than one to look at; it must divide the batch size. None
         shuffles freely. Examples that do not fill a run sit an epoch out; a class with fewer
         than that is refused.
-      eval_data: what to evaluate on after each epoch: arrays or an iterable of batches, as
-        ``data``, with labels (-1 does not count).
+      eval_data: what to evaluate on after each epoch: arrays or an iterable of batches that
+        ends, as ``data``, with labels (-1 does not count).
       metrics: more scores of eval_data: "top-5", "ece" (expected calibration error, 15 bins),
         "agreement" (how often the student's class is the teacher's; of a network, or of eval_data
         that brings outputs), "accuracy" (beside a ``task_loss``), or functions ``(Outputs, labels)

@@ -62,6 +62,8 @@ def classes_for(
             )
         found = jnp.argmax(jnp.asarray(predicted), axis=1)
     else:
+        if student.logits is None:
+            raise ValueError(f"unlabelled={rule!r} takes the student's logits, and it has none")
         logits = jax.lax.stop_gradient(jnp.asarray(student.logits))
         if rule != "own":
             shares = None if isinstance(rule, str) else jnp.asarray(rule[1])

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd2m_jax._locks import check_local
 from kd2m_jax.adapters import DEVICES, Network, as_network
-from kd2m_jax.callbacks import WeightAverage
+from kd2m_jax.callbacks import EarlyStopping, WeightAverage
 from kd2m_jax.losses._metrics import as_outputs
 from kd2m_jax.training._averages import in_full
 from kd2m_jax.training._batches import OWN, Batches, Transfer, steps_per_call
@@ -55,6 +55,7 @@ class Plan:
       evaluate: for each student a function from its variables to its scores.
       kept: what is evaluated and returned of a state: the variables, or their average.
       records: for each student where its metrics go.
+      why_not_finite: what is to be looked at where a test loss is not finite.
       settings: what a resumed run must have in common with the one that it continues.
       total: how many steps there are, if that is known.
     """
@@ -68,6 +69,7 @@ class Plan:
     evaluate: list[Callable[[Any], Record]]
     kept: Callable[[TrainState], Any]
     records: list[Records]
+    why_not_finite: str
     settings: dict
     total: int | None
     epochs: int
@@ -143,6 +145,12 @@ def make_plan(
     mesh = Mesh(np.array(devices)[here], (DEVICES,))
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
     networks = [as_network(student) for student in students.models]
+    callbacks = [callbacks] if callable(callbacks) else callbacks
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping):
+            if eval_data is None:
+                raise ValueError("EarlyStopping looks at scores of eval_data, and there is none")
+            callback.begin("test_accuracy" if task_loss is None else "test_loss")
     source = Source.of(teacher, teacher_variables, given, students.metrics, callbacks, place)
     own_task = task_loss is not None
     scores = named(metrics, has_data=eval_data is not None, own_task=own_task)
@@ -227,7 +235,8 @@ def make_plan(
         kept=averaged_variables
         if isinstance(source.average, WeightAverage)
         else operator.attrgetter("variables"),
-        records=_records(students, callbacks, has_teacher=has_teacher, total=total),
+        records=_records(students, callbacks, has_teacher, own_task, total),
+        why_not_finite="task_loss of one example alone" if own_task else "inputs of eval_data",
         settings={} if checkpoint_dir is None else compared.described(),
         total=total,
         epochs=epochs,
@@ -264,13 +273,16 @@ def _bodies(
     ]
 
 
-def _records(students: Students, callbacks, *, has_teacher: bool, total) -> list[Records]:
+def _records(
+    students: Students, callbacks, has_teacher: bool, own_task: bool, total: int | None
+) -> list[Records]:
     return [
         Records(
             callbacks,
             has_teacher=has_teacher,
             total=total,
             student=i if students.is_population else None,
+            own_task=own_task,
         )
         for i in range(len(students.models))
     ]

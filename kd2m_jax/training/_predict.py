@@ -9,7 +9,7 @@ import numpy as np
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.adapters import Apply, Model, as_network
 from kd2m_jax.losses._metrics import as_outputs
-from kd2m_jax.training._examples import check_rows
+from kd2m_jax.training._examples import as_arrays, check_rows
 from kd2m_jax.training._programs import shared
 from kd2m_jax.training._source import variables_of
 
@@ -43,8 +43,9 @@ def outputs(model: Model, x: Any, *, variables: Any = None, batch_size: int = 50
       >>> outputs(net, jnp.ones((10, 4)), batch_size=4).features.shape
       (10, 8)
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
+    x = as_arrays("x", x)
     total = check_rows("x", x)
     size, network = min(batch_size, total), as_network(model)
     variables = variables_of(model, variables)

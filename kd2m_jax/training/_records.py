@@ -13,11 +13,6 @@ from kd2m_jax.errors import NonFiniteLoss
 Record: TypeAlias = dict[str, Any]
 
 
-def quality(scores: Record) -> float:
-    """Return what decides which epoch is the best: the accuracy, or minus the task's loss."""
-    return scores["test_accuracy"] if "test_accuracy" in scores else -scores["test_loss"]
-
-
 class Records:
     """Means over the steps since the last record, checked for NaN, one list per student.
 
@@ -31,10 +26,12 @@ class Records:
         has_teacher: bool,
         total: int | None,
         student: int | None = None,
+        own_task: bool = False,
     ):
         self.history: list[Record] = []
         self.callbacks = list(callbacks)
         self._total, self._student = total, student
+        self.best_by = "test_loss" if own_task else "test_accuracy"
         names = {"loss": "loss", "task_loss": "task_loss", "accuracy": "train_accuracy"}
         if has_teacher:
             names |= {"distillation_loss": "distillation_loss", "coef": "coef"}
@@ -53,10 +50,15 @@ class Records:
         """The end of "the loss...": empty, or which student's."""
         return "" if self._student is None else f" of student {self._student}"
 
+    def quality(self, scores: Record) -> float:
+        """Return what decides which epoch is the best: the accuracy, or minus the task's loss."""
+        score = scores[self.best_by]
+        return -score if self.best_by == "test_loss" else score
+
     @property
     def tests(self) -> list[float]:
         """The `quality` of each evaluation so far."""
-        return [quality(r) for r in self.history if "test_loss" in r]
+        return [self.quality(r) for r in self.history if "test_loss" in r]
 
     def add(self, step: int, epoch: int, metrics: dict[str, jax.Array]) -> None:
         """Take a call's metrics. They are read one call later, while the next one runs."""

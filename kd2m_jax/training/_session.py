@@ -18,7 +18,6 @@ from kd2m_jax.training._identity import check_same
 from kd2m_jax.training._plan import Plan
 from kd2m_jax.training._processes import agreed, asked_to_stop, held_by_first
 from kd2m_jax.training._programs import drop_unshared
-from kd2m_jax.training._records import quality
 from kd2m_jax.training._step import owned
 
 _all_finite = jax.jit(lambda tree: jnp.all(jnp.array([jnp.isfinite(x).all() for x in tree])))
@@ -67,6 +66,7 @@ class Session:
             "skip": self.position,
             "done": self.done,
             "most": None if most is None else most - self.done + 1,  # one tells that there are more
+            "waiting": self._stop_if_asked,
         }
 
     def run(self, rows: tuple[jax.Array, jax.Array | None], arrays) -> None:
@@ -96,11 +96,12 @@ class Session:
             if not math.isfinite(scores[i].get("test_loss", 0)):
                 raise NonFiniteLoss(
                     f"the test loss{plan.records[i].whose} is not finite after step {self.done}, "
-                    "and the parameters are: inputs of eval_data not finite?"
+                    f"and the parameters are: {plan.why_not_finite}?"
                 )
-            if not scores[i] or quality(scores[i]) > self._best_scores[i]:
+            quality = plan.records[i].quality(scores[i]) if scores[i] else -math.inf
+            if not scores[i] or quality > self._best_scores[i]:
                 self._best_is_new = True
-                self._best_scores[i] = quality(scores[i]) if scores[i] else -math.inf
+                self._best_scores[i] = quality
                 self.best[i] = owned(variables)  # the next step donates the state
         if whole:
             self.epoch, self.position = self.epoch + 1, 0
@@ -115,6 +116,11 @@ class Session:
             self.save()
         if number:
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(143)
+
+    def _stop_if_asked(self) -> None:
+        """Stop while a batch is waited for: of several processes each would ask at its own time."""
+        if jax.process_count() == 1:
+            self._stop_or_save()
 
     def _record(self, scores=None) -> None:
         """Close the record of every student, then hand them to the callbacks."""

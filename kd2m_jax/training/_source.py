@@ -114,6 +114,11 @@ def variables_of(model: Model, variables: Any) -> Any:
     if isinstance(variables, Mapping) and "params" in variables:
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
     if variables is not None:
+        if not isinstance(variables, tuple | list) or len(variables) != 2:
+            raise TypeError(
+                "variables are (params, state) or a Linen module's dict, got a "
+                f"{type(variables).__name__}: a trained module is the model itself"
+            )
         return variables
     own = as_network(model).variables
     if own is not None:

@@ -69,6 +69,7 @@ def test_a_callback_that_stops_an_endless_stream():
 def stopped_after(scores, *given, name="test_accuracy", **options):
     """Return after how many evaluations it stops, of these scores."""
     stop = EarlyStopping(*given, **options)
+    stop.begin("test_loss" if name == "test_loss" else "test_accuracy")  # as fit does
     for number, score in enumerate(scores, 1):
         assert stop({"loss": 1.0, "step": number}) is None  # a record without an evaluation
         if stop({"test_loss": 1.0, name: score}) == "stop":
@@ -83,8 +84,8 @@ def test_early_stopping_counts_evaluations_without_an_improvement():
     assert stopped_after([3.0, 2.0, 2.5, 2.1], 2, name="test_loss") == 4
     assert stopped_after([3.0, 2.0, 2.5, 2.1], 2, name="test_loss", monitor="test_loss") == 4
     errors = {"name": "test_ece", "monitor": "test_ece"}
-    assert stopped_after([0.3, 0.2, 0.25, 0.1, 0.1], 2, **errors, minimize=True) is None
-    assert stopped_after([0.3, 0.2, 0.25, 0.1, 0.1], 2, **errors) == 3
+    assert stopped_after([0.3, 0.2, 0.25, 0.1, 0.1], 2, **errors) is None  # smaller is better
+    assert stopped_after([0.3, 0.2, 0.25, 0.1, 0.1], 2, **errors, minimize=False) == 3
     with pytest.raises(ValueError, match="patience must be a whole number >= 1, got 0"):
         EarlyStopping(0)
     with pytest.raises(ValueError, match="no score 'test_f1' to stop by: test_loss, test_accuracy"):
@@ -120,6 +121,52 @@ def test_of_a_population_all_have_to_wait_for_the_last():
     options = {"eval_data": (X, Y), "metrics": [alternating], "epochs": 6, "teacher": mlp(0)}
     both = run(**options, metric=["l2", "kd"], callbacks=[stop])
     assert [found.history[-1]["epoch"] for found in both] == [6, 6]
+
+
+@pytest.mark.slow
+def test_one_object_serves_many_runs(tmp_path):
+    """Each call begins afresh: another run, and the same one taken up again."""
+    stop = EarlyStopping(2)
+    options = {"eval_data": (X, Y), "epochs": 8, "optimizer": optax.sgd(0.0)}
+    assert [run(callbacks=stop, **options).history[-1]["epoch"] for _ in range(3)] == [3, 3, 3]
+
+    def interrupt(record):
+        if record["epoch"] == 3 and not record.get("replayed"):
+            raise KeyboardInterrupt
+
+    stop, options = EarlyStopping(4), options | {"checkpoint_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        run(callbacks=[stop, interrupt], **options)
+    assert run(callbacks=[stop], **options).history[-1]["epoch"] == 5
+
+
+def test_a_population_waits_until_all_of_an_evaluation_is_in():
+    stop = EarlyStopping(2)
+    said = []
+    for ours, theirs in zip([0.1, 0.2, 0.2, 0.2], [0.1, 0.1, 0.1, 0.9], strict=True):
+        for student, score in enumerate((ours, theirs)):
+            record = {"test_loss": 1.0, "test_accuracy": score, "student": student}
+            said.append(stop(record))
+    assert said == [None] * 8
+    for student in (0, 1):
+        said.append(stop({"test_loss": 1.0, "test_accuracy": 0.0, "student": student}))
+    assert said[8:] == [None, None]  # one evaluation since the jump
+    for student in (0, 1):
+        said.append(stop({"test_loss": 1.0, "test_accuracy": 0.0, "student": student}))
+    assert said[10:] == [None, "stop"]
+
+
+@pytest.mark.slow
+def test_a_score_that_came_later_is_passed_over_in_old_records(tmp_path):
+    run(checkpoint_dir=tmp_path, max_steps=4, eval_data=(X, Y))
+    stop = EarlyStopping(3, monitor="test_ece")
+    options = {"checkpoint_dir": tmp_path, "eval_data": (X, Y), "callbacks": [stop]}
+    assert "test_ece" in run(**options, metrics=["ece"]).history[-1]
+
+
+def test_stopping_without_anything_to_look_at_is_refused():
+    with pytest.raises(ValueError, match="EarlyStopping looks at scores of eval_data"):
+        run(callbacks=[EarlyStopping(1)])
 
 
 # --- Averages ----------------------------------------------------------------------------------

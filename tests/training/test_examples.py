@@ -41,7 +41,7 @@ FAULTS = [
     (({}, Y), "has no inputs"),
     (({"ids": X, "mask": X[:40]}, Y), "40 inputs, but 48 labels"),
     ((np.full((N, D), 2**40), Y), "x has integers that do not fit into 32 bits"),
-    (([["1", "2", "3", "4"]] * N, Y), "inputs without rows"),
+    (([["1", "2", "3", "4"]] * N, Y), "x must be numbers, got <U1"),
     ((np.full((N, D), "1"), Y), "x must be numbers, got <U1"),
     ((X, np.ma.masked_array(Y, Y == 2)), "labels are masked"),
     ({"image": X, "target": Y}, "is a dict of image, target: it needs one key of image/x and one"),
@@ -65,7 +65,7 @@ def test_a_fault_is_named(given, message, what):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([data(), data()], r"eval_data must be \(x, labels\) arrays, got a list of batches"),
+        (list(data()), r"eval_data is a list of two arrays: pass them as a tuple"),
         (X, "eval_data must be .*, got one array"),
         (7, "eval_data must be .*, got a int"),
     ],

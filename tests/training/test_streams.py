@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -187,6 +188,80 @@ def test_an_error_of_the_loader_comes_after_the_steps_before_it(tmp_path):
 
 
 @pytest.mark.slow
+def test_no_thread_stays_where_an_error_is_kept():
+    """As a notebook keeps the last one: its traceback holds what was running."""
+    kept = None
+    try:
+        run([BATCHES[0], (X[:SIZE], np.full(SIZE, 9)), *BATCHES * 50])
+    except ValueError as error:
+        kept = error
+    assert kept is not None
+    assert not [t for t in threading.enumerate() if t.name == "kd2m_jax batches"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_while_a_loader_hangs(tmp_path):
+    class Hangs(Loader):
+        def __iter__(self):
+            yield from BATCHES[:2]
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(3)
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(Hangs([], len(BATCHES)), checkpoint_dir=tmp_path)
+    assert time.monotonic() - start < 60
+    got = run(BATCHES, checkpoint_dir=tmp_path)  # two steps were saved
+    chex.assert_trees_all_equal(got.state.params, run(BATCHES).state.params)
+
+
+@pytest.mark.slow
+def test_one_iterator_for_all_epochs_is_a_generator():
+    class Shared:
+        def __init__(self, source):
+            self.source = source
+
+        def __iter__(self):
+            return self.source
+
+    for source in (iter(BATCHES), (batch for batch in BATCHES)):
+        with pytest.raises(ValueError, match="data is a generator, which can be read only once"):
+            run(Shared(source), epochs=1)
+
+
+@pytest.mark.slow
+def test_masked_labels_are_refused_in_every_batch():
+    masked = np.ma.masked_array(Y[:SIZE], mask=np.arange(SIZE) < 8)
+    with pytest.raises(ValueError, match="batch 2: labels are masked"):
+        run([BATCHES[0], (X[:SIZE], masked)])
+
+
+@pytest.mark.slow
+def test_lists_of_rows_and_of_numbers_of_numpy(expected):
+    """What a loader of one's own collates; and arrays as lists."""
+    for batches in (
+        [(x, list(y)) for x, y in BATCHES],
+        [(list(x), y) for x, y in BATCHES],
+        [{"x": x, "y": tuple(y)} for x, y in BATCHES],
+    ):
+        chex.assert_trees_all_equal(run(batches).state.params, expected)
+    whole = run((X.tolist(), Y.tolist()), batch_size=SIZE).state.params
+    chex.assert_trees_all_equal(whole, run((X, Y), batch_size=SIZE).state.params)
+
+
+@pytest.mark.slow
+def test_grain_that_leaves_batches_out_or_never_ends_is_named():
+    data = grain_batches([])
+    for bad in (0, 1):
+        value = data[bad][0][0, 0]
+        dropped = data.filter(lambda batch, value=value: batch[0][0, 0] != value)
+        with pytest.raises(ValueError, match=r"a filter behind batch\(\) leaves whole batches out"):
+            run(dropped, epochs=1)
+    with pytest.raises(ValueError, match="eval_data never ends"):
+        run(data, eval_data=data.repeat())
+
+
+@pytest.mark.slow
 def test_a_bad_batch_is_named(expected):
     for bad, message in (
         (([[1.0, 2.0], [3.0]], [0, 1]), "batch 2 cannot be read as arrays of equal rows"),
@@ -293,8 +368,11 @@ def test_eval_data_takes_what_data_takes():
 
 @pytest.mark.slow
 def test_a_stream_without_any_label_cannot_be_scored():
-    with pytest.raises(ValueError, match="eval_data needs class numbers"):
+    with pytest.raises(ValueError, match="eval_data has no label"):
         run(BATCHES, eval_data=[(X, None)])
+    with pytest.raises(ValueError, match="eval_data has no label"):
+        run(BATCHES, eval_data=(X, None))
+    run(BATCHES, eval_data=[(X[:5], np.full(5, -1)), (X[5:], Y[5:])])
     with pytest.raises(ValueError, match="eval_data needs class numbers"):
         run(BATCHES, eval_data=[(X, np.eye(K)[Y])])
 

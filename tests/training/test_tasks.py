@@ -12,6 +12,7 @@ from flax import nnx
 from kd2m_jax import (
     CheckpointError,
     Network,
+    NonFiniteLoss,
     Outputs,
     ema_teacher,
     fit,
@@ -192,8 +193,77 @@ def test_what_is_no_task_is_named():
         run((X, TARGETS[:47]), task_loss=squared)
     with pytest.raises(ValueError, match="data: labels must have a row for each example"):
         run((X, np.float32(3)), task_loss=squared)
-    with pytest.raises(TypeError, match="data: labels: x must be numbers"):
+    with pytest.raises(TypeError, match="data: labels must be numbers"):
         run((X, np.array(["a"] * N)), task_loss=squared)
+
+
+@pytest.mark.slow
+def test_labels_of_several_columns_count_as_rows():
+    """The default learning rate ends at 0 after as many steps as there are."""
+    options = {"epochs": 2, "batch_size": 16, "log_every": 1}
+    for data, more in (
+        ((X, TARGETS), {"task_loss": squared}),
+        ((X, np.eye(2, dtype=np.float32)[Y % 2]), {}),
+    ):
+        last = fit(mlp(1), data, **options, **more).history[-1]
+        assert last["step"] == last["steps"] == 6
+
+
+@pytest.mark.slow
+def test_missing_labels_are_no_targets():
+    for data in ({"image": X}, (X, None), [(X[:16], TARGETS[:16]), {"x": X[:16]}]):
+        with pytest.raises(ValueError, match="has no labels, and task_loss takes some"):
+            run(data, task_loss=squared)
+    with pytest.raises(ValueError, match="eval_data has no labels, and task_loss takes some"):
+        run(task_loss=squared, eval_data={"image": X})
+
+
+@pytest.mark.slow
+def test_labels_that_preprocess_changes_are_changed_in_evaluation_too():
+    """The rate is 0: the training set's loss is the test set's."""
+
+    def prepare(x, labels, keys):
+        return x, (labels - 10) / 5
+
+    options = {"epochs": 1, "batch_size": N, "optimizer": optax.sgd(0.0), "task_loss": squared}
+    data = X, TARGETS * 5 + 10
+    last = run(data, **options, preprocess=prepare, eval_data=data).history[-1]
+    assert last["test_loss"] == pytest.approx(last["task_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_best_epoch_of_a_task_goes_by_its_loss_whatever_the_scores():
+    calls = []
+
+    def accuracy(out, labels):
+        calls.append(1)
+        return -len(calls)
+
+    options = {"task_loss": squared, "eval_data": (X, TARGETS), "metrics": [accuracy], "epochs": 4}
+    found = run(**options)
+    losses_of = [r["test_loss"] for r in found.history if "test_loss" in r]
+    assert np.argmin(losses_of) == 3  # it falls
+    chex.assert_trees_all_equal(found.best(X), found.student(X))
+
+
+@pytest.mark.slow
+def test_scores_and_labels_that_do_not_fit_are_named_before_training():
+    options = {"task_loss": squared, "eval_data": (X, TARGETS)}
+    for score in ("accuracy", "top-5", "ece"):
+        with pytest.raises(ValueError, match=r"eval_data needs class numbers \[n\] as labels"):
+            run(**options, metrics=[score])
+    stored = {"features": mlp(0)(X).features}
+    taught = {"teacher": Outputs(mlp(0)(X).features), "metric": "l2", "metrics": ["agreement"]}
+    with pytest.raises(ValueError, match="agreement compares with the teacher's logits"):
+        run((X, Y % 2), **taught, eval_data={"x": X, "y": Y % 2, "teacher": stored})
+
+    def masked(out, labels):  # 0 / 0 for a row of its own without a target
+        known = ~jnp.isnan(labels)
+        return jnp.sum(jnp.where(known, out.logits - labels, 0) ** 2) / jnp.sum(known)
+
+    missing = np.where(np.arange(N)[:, None] % 4 == 0, np.nan, TARGETS)
+    with pytest.raises(NonFiniteLoss, match="task_loss of one example alone"):
+        run((X, missing), task_loss=masked, eval_data=(X, missing))
 
 
 # --- Scores ------------------------------------------------------------------------------------
@@ -291,8 +361,12 @@ def test_what_is_no_score_is_named():
         ([lambda out, labels: 1], {}, "a function among metrics needs a name"),
         (["ece", "ece"], {}, "there are two scores test_ece"),
         (["accuracy"], {}, "there are two scores test_accuracy"),
-        (["agreement"], {"teacher": ema_teacher()}, "agreement compares with the teacher on eval"),
-        (["agreement"], {"teacher": None, "metric": None}, "agreement compares with the teacher"),
+        (["agreement"], {"teacher": ema_teacher()}, "agreement compares with the teacher's logits"),
+        (
+            ["agreement"],
+            {"teacher": None, "metric": None},
+            "agreement compares with the teacher's logits",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run((X, Y), K, **taught | {"metrics": metrics} | options)
