@@ -3,14 +3,23 @@
 import ast
 import pathlib
 
+from .common.errors import command
+
 # In the order in which someone meets them.
 NAMES = ("digits", "mnist", "cifar", "svhn", "images", "evaluate", "predict", "export")
 NAMES += ("table", "tradeoff", "features", "bound", "bench")
 
-if __name__ == "__main__":
-    print("python -m experiments.NAME [--help], with NAME one of\n")
+
+def listed() -> str:
+    """Return a line for each, the first of its docstring."""
+    lines = [f"{command('experiments.NAME')} [--help], with NAME one of\n"]
+    here = pathlib.Path(__file__).parent
     for name in NAMES:
-        here = pathlib.Path(__file__).parent
         file = here / name / "__main__.py" if (here / name).is_dir() else here / f"{name}.py"
-        text = file.read_text()
-        print(f"{name:<10}{(ast.get_docstring(ast.parse(text)) or '').splitlines()[0]}")
+        doc = ast.get_docstring(ast.parse(file.read_text())) or ""
+        lines.append(f"{name:<10}{doc.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(listed())

@@ -13,8 +13,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments.common.cli import Flags, main, optional
-from experiments.common.errors import UsageError
+from .common.cli import Flags, main, optional
+from .common.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Bound(Flags):
 
 def run(settings: Bound) -> None:
     """Train again, measure, draw."""
-    from experiments.analysis import bound
-    from experiments.analysis.finished import finished
+    from .analysis import bound
+    from .analysis.finished import finished
 
     for flag, value in (("--points", settings.points), ("--examples", settings.examples)):
         if value < 1:

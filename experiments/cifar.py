@@ -9,8 +9,8 @@ ImageNet-pretrained setting: that is --stem=imagenet with --pretrained-teacher a
 --pretrained-student.
 """
 
-from experiments.common.cli import main
-from experiments.runs.settings import CifarSettings, Distillation, Networks, Training
+from .common.cli import main
+from .runs.settings import CifarSettings, Distillation, Networks, Training
 
 DEFAULTS = CifarSettings(
     distillation=Distillation(metric="cw2", coef="1e-4"),
@@ -21,7 +21,7 @@ DEFAULTS = CifarSettings(
 
 def run(settings: CifarSettings) -> None:
     """Train, evaluate and report."""
-    from experiments.runs.train import train_and_report  # loads JAX, which --help need not
+    from .runs.train import train_and_report  # loads JAX, which --help need not
 
     train_and_report(settings, settings.dataset)
 

@@ -10,8 +10,8 @@ teacher 98.89, 98.44, 98.44; student alone 97.33, 97.11, 98.00; distilled with j
 students apart.
 """
 
-from experiments.common.cli import main
-from experiments.runs.settings import Distillation, Networks, Settings, Training
+from .common.cli import main
+from .runs.settings import Distillation, Networks, Settings, Training
 
 DEFAULTS = Settings(
     distillation=Distillation(metric="cw2", coef="1e-3"),
@@ -22,7 +22,7 @@ DEFAULTS = Settings(
 
 def run(settings: Settings) -> None:
     """Train, evaluate and report."""
-    from experiments.runs.train import train_and_report  # loads JAX, which --help need not
+    from .runs.train import train_and_report  # loads JAX, which --help need not
 
     train_and_report(settings, "digits")
 

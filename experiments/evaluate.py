@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.common.cli import Flags, main, optional
+from .common.cli import Flags, main, optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Evaluate(Flags):
 
 def run(settings: Evaluate) -> None:
     """Restore both networks and measure them."""
-    from experiments.analysis import evaluation
-    from experiments.analysis.test_images import test_images
-    from experiments.analysis.trained import run_folder, trained
+    from .analysis import evaluation
+    from .analysis.examples import examples
+    from .analysis.trained import run_folder, trained
 
     folder = run_folder(settings.run)
-    dataset, examples = test_images(folder, settings.test, settings.data_dir)
+    dataset, tested = examples(folder, settings.test, settings.data_dir)
     student, teacher = (trained(folder, dataset, which) for which in (None, "teacher"))
-    print(evaluation.write(student, teacher, examples))
+    print(evaluation.write(student, teacher, tested))
     print(f"\nFigure: {folder.path}/confusion.png")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.common.cli import Flags, main, optional
+from .common.cli import Flags, main, optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Export(Flags):
 
 def run(settings: Export) -> None:
     """Restore the student and write it."""
-    from experiments.analysis import exporting
-    from experiments.analysis.trained import known, run_folder, trained
+    from .analysis import exporting
+    from .analysis.trained import known, run_folder, trained
 
     folder = run_folder(settings.run)
     print(exporting.write(trained(folder, known(folder, settings.data_dir)), settings.format))

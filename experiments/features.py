@@ -13,8 +13,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments.common.cli import Flags, main, optional
-from experiments.common.errors import UsageError
+from .common.cli import Flags, main, optional
+from .common.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Features(Flags):
 
 def run(settings: Features) -> None:
     """Restore, embed, measure."""
-    from experiments.analysis import features
-    from experiments.analysis.finished import finished
+    from .analysis import features
+    from .analysis.finished import finished
 
     if settings.examples < 20:
         raise UsageError(f"--examples must be at least 20, got {settings.examples}")

@@ -8,8 +8,8 @@ all become --size x --size in colour. Without --test a fifth of each class is te
 student and teacher are compared on. What fits is kept in memory, more is read anew each epoch.
 """
 
-from experiments.common.cli import main
-from experiments.runs.settings import Distillation, ImagesSettings, Networks, Training
+from .common.cli import main
+from .runs.settings import Distillation, ImagesSettings, Networks, Training
 
 DEFAULTS = ImagesSettings(
     distillation=Distillation(metric="cw2", coef="1e-3"),
@@ -20,9 +20,9 @@ DEFAULTS = ImagesSettings(
 
 def run(settings: ImagesSettings) -> None:
     """Read the pictures, train, evaluate and report."""
-    from experiments.data.folders import Folders, load_folders  # these load JAX
-    from experiments.runs.settings import check
-    from experiments.runs.train import train_and_report
+    from .data.folders import Folders, load_folders  # these load JAX
+    from .runs.settings import check
+    from .runs.train import train_and_report
 
     check(settings)
     folders = Folders(

@@ -7,8 +7,8 @@ if they are not on disk. The teacher has five hidden layers, the student three; 
 features.
 """
 
-from experiments.common.cli import main
-from experiments.runs.settings import Distillation, Networks, Settings, Training
+from .common.cli import main
+from .runs.settings import Distillation, Networks, Settings, Training
 
 DEFAULTS = Settings(
     distillation=Distillation(metric="cw2", coef="1e-4"),
@@ -19,7 +19,7 @@ DEFAULTS = Settings(
 
 def run(settings: Settings) -> None:
     """Train, evaluate and report."""
-    from experiments.runs.train import train_and_report  # loads JAX, which --help need not
+    from .runs.train import train_and_report  # loads JAX, which --help need not
 
     train_and_report(settings, "mnist")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from experiments.common.cli import Flags, main, optional
+from .common.cli import Flags, main, optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Predict(Flags):
 
 def run(settings: Predict) -> None:
     """Restore the student and classify."""
-    from experiments.analysis.predictions import predictions
-    from experiments.analysis.trained import known, run_folder, trained
+    from .analysis.predictions import predictions
+    from .analysis.trained import known, run_folder, trained
 
     folder = run_folder(settings.run)
     student = trained(folder, known(folder, settings.data_dir))

@@ -6,8 +6,8 @@ The paper's pair. 73,257 images to train and 26,032 to test, downloaded by tenso
 they are not on disk.
 """
 
-from experiments.common.cli import main
-from experiments.runs.settings import Distillation, Networks, Settings, Training
+from .common.cli import main
+from .runs.settings import Distillation, Networks, Settings, Training
 
 DEFAULTS = Settings(
     distillation=Distillation(metric="cw2", coef="1e-4"),
@@ -18,7 +18,7 @@ DEFAULTS = Settings(
 
 def run(settings: Settings) -> None:
     """Train, evaluate and report."""
-    from experiments.runs.train import train_and_report  # loads JAX, which --help need not
+    from .runs.train import train_and_report  # loads JAX, which --help need not
 
     train_and_report(settings, "svhn")
 

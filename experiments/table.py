@@ -13,8 +13,8 @@ from typing import Annotated, ClassVar
 
 import tyro
 
-from experiments.common.cli import Flags, main, optional
-from experiments.studies.grid import Grid
+from .common.cli import Flags, main, optional
+from .studies.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Table(Flags):
 
 def run(settings: Table) -> None:
     """Train what is missing, then write and print the table."""
-    from experiments.studies import grid, schedule, table, text
+    from .studies import grid, schedule, table, text
 
     cells = grid.cells(settings.grid, settings.dataset, settings.metrics, settings.coef)
     sizes = schedule.train(settings.grid, cells)

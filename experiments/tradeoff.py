@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import tyro
 
-from experiments.common.cli import Flags, main
-from experiments.common.errors import UsageError
-from experiments.runs.folder import ALONE
-from experiments.studies.grid import Grid
+from .common.cli import Flags, main
+from .common.errors import UsageError
+from .runs.folder import ALONE
+from .studies.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tradeoff(Flags):
 
 def run(settings: Tradeoff) -> None:
     """Train what is missing, then write and print the trade-off."""
-    from experiments.studies import grid, schedule, tradeoff
+    from .studies import grid, schedule, tradeoff
 
     if settings.metric.lower() == ALONE or "+" in settings.metric:
         raise UsageError(f"--metric must be one metric, for one axis of λ: not {settings.metric}")

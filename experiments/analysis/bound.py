@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.analysis.finished import Finished, check_same_size, outputs
-from experiments.common import figures, files, tables
-from experiments.runs import report
-from experiments.runs.build import Matching
 from kd2m_jax import Outputs, fit, theory
+
+from ..common import figures, files, tables
+from ..runs import report
+from ..runs.build import Matching
+from .finished import Finished, check_same_size, outputs
 
 # The chain holds to about 3e-4 in float32 (theory.bound).
 ROUNDING = 5e-4

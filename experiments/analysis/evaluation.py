@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.analysis.trained import Trained
-from experiments.common import figures, files, tables
-from experiments.runs.report import TITLES
 from kd2m_jax import predict
 from kd2m_jax.internal import accuracy, calibration_error
+
+from ..common import figures, files, tables
+from ..runs.report import TITLES
+from .trained import Trained
 
 _TIMED = 20  # calls, of which the median counts
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.analysis.trained import Trained
-from experiments.common.errors import UsageError
+from ..common.errors import UsageError
+from .trained import Trained
 
 FORMATS = ("safetensors", "jax")
 

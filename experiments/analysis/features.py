@@ -4,10 +4,11 @@ import pathlib
 
 import numpy as np
 
-from experiments.analysis.finished import Finished, check_same_size, outputs
-from experiments.common import figures, files, tables
-from experiments.runs import report
 from kd2m_jax import Outputs, losses
+
+from ..common import figures, files, tables
+from ..runs import report
+from .finished import Finished, check_same_size, outputs
 
 HEADER = ("", "silhouette", "W2² to teacher", "CW2² to teacher", "L2² to teacher", "accuracy (%)")
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.common.errors import UsageError
-from experiments.data.augment import preprocess
-from experiments.data.load import load
-from experiments.data.specs import Dataset, data_sha256, shortened
-from experiments.runs import restore
-from experiments.runs.build import Plan, build
-from experiments.runs.folder import ALONE, RunFolder
 from kd2m_jax import Outputs
+
+from ..common.errors import UsageError
+from ..data.augment import preprocess
+from ..data.load import load
+from ..data.specs import Dataset, data_sha256, shortened
+from ..runs import restore
+from ..runs.build import Plan, build
+from ..runs.folder import ALONE, RunFolder
 
 
 class Finished(NamedTuple):

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from experiments.analysis.trained import Trained
-from experiments.common.errors import DataError, UsageError
-from experiments.data.pictures import read
 from kd2m_jax import predict
+
+from ..common.errors import DataError, UsageError
+from ..data.pictures import read
+from .trained import Trained
 
 
 def predictions(one: Trained, paths: Sequence[str]) -> Iterator[str]:

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from experiments.common.errors import UsageError
-from experiments.data.augment import preprocess
-from experiments.data.load import load
-from experiments.data.specs import Dataset
-from experiments.runs.build import network
-from experiments.runs.configuration import RunConfig
-from experiments.runs.folder import RunFolder
 from kd2m_jax import Network, Outputs, from_nnx, restore
+
+from ..common.errors import UsageError
+from ..data.augment import preprocess
+from ..data.load import load
+from ..data.specs import Dataset
+from ..runs.build import network
+from ..runs.configuration import RunConfig
+from ..runs.folder import RunFolder
 
 WHICH = ("distilled", "student", "teacher")
 

@@ -12,9 +12,9 @@ classes and gaussian half a minute each.
 import dataclasses
 from typing import Annotated
 
-from experiments.bench import suites
-from experiments.common.cli import Flags, main, optional
-from experiments.common.errors import UsageError
+from ..common.cli import Flags, main, optional
+from ..common.errors import UsageError
+from . import suites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,8 @@ def run(settings: Bench) -> None:
     """Measure, print and write."""
     import jax
 
-    from experiments.bench import measure
-    from experiments.common import tables
+    from ..common import tables
+    from . import measure
 
     name = settings.suite
     if settings.repeats is not None and settings.repeats < 1:

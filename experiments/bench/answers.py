@@ -80,7 +80,7 @@ def exact_w2(x: np.ndarray, y: np.ndarray) -> float:
 
 def _exact_jw2(student: Outputs, teacher: Outputs) -> float:
     """Compute JW2^2 with beta = 1 and the cross-entropy in float64, by SciPy's assignment."""
-    from experiments.bench.transport import exact
+    from .transport import exact
 
     x, y = ([np.asarray(out.features), np.asarray(out.logits)] for out in (student, teacher))
     return exact(x, y, [np.arange(len(x[0]))])[0]

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.bench import measure
 from kd2m_jax import from_nnx, init_state, models, shard_map_step
+
+from . import measure
 
 PAIR, SHAPE = ("mlp-teacher", "mlp-student"), (28, 28, 1)
 

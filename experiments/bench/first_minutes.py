@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 
+from ..common.errors import ROOT
+
 # Imports and parts of the first start. Each is run by a fresh interpreter.
 SNIPPETS = {
     "import kd2m_jax.fit": "import kd2m_jax; kd2m_jax.fit",
@@ -42,7 +44,7 @@ def timed(*arguments, **options):
     began = time.process_time(); save(*arguments, **options)
     count["saves"] += 1; count["saving"] += time.process_time() - began
 Checkpoints.save = timed
-from experiments import digits
+import experiments.digits as digits
 from experiments.common import cli
 sys.argv = ["experiments.digits", *FLAGS]
 cli.main(digits.DEFAULTS, digits.run, module="experiments.digits", description=None)
@@ -97,7 +99,7 @@ def _run(code: str, environment: dict[str, str]) -> tuple[dict, str]:
     """Run code in a fresh interpreter; return its CPU seconds and what it printed."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code.replace("experiments.", f"{ROOT}.")],
         # Not the programs' folder of this process, which would make a cold start warm.
         env={k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | environment,
         capture_output=True,

@@ -10,11 +10,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.bench import measure
-from experiments.bench.step import beside_none, worst_case
-from experiments.data.augment import preprocess
-from experiments.data.specs import DATASETS, Dataset
 from kd2m_jax import fit, from_nnx, models
+
+from ..data.augment import preprocess
+from ..data.specs import DATASETS, Dataset
+from . import measure
+from .step import beside_none, worst_case
 
 PAIR = ("resnet34", "resnet18")
 SHAPE = (32, 32, 3)

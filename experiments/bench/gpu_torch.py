@@ -10,9 +10,9 @@ import torch  # pyright: ignore[reportMissingImports]
 from PIL import Image, ImageOps
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-from experiments.bench import measure
-from experiments.bench.gpu import DTYPES, PAIR, epoch, random_images
-from experiments.data.specs import Dataset
+from ..data.specs import Dataset
+from . import measure
+from .gpu import DTYPES, PAIR, epoch, random_images
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)

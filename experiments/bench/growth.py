@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.bench import answers, measure
 from kd2m_jax import losses
+
+from . import answers, measure
 
 if TYPE_CHECKING:
     from kd2m_jax import Outputs

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import measure
-from experiments.bench.answers import GAUSSIAN_LIMIT, answer, features, textbook_gaussian_w2
-from experiments.bench.answers import verdict as right_or_wrong
 from kd2m_jax import losses
 from kd2m_jax.internal import by_products, by_svd
 from kd2m_jax.internal import tolerance as polar_tolerance
+
+from . import measure
+from .answers import GAUSSIAN_LIMIT, answer, features, textbook_gaussian_w2
+from .answers import verdict as right_or_wrong
 
 
 def classes(

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.common import machine
-from experiments.common.figures import LINES, plt
+from ..common import machine
+from ..common.figures import LINES, plt
 
 KINDS = ("related", "clustered", "confused", "unrelated")
 PAUSE = 0.01  # seconds

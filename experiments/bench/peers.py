@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import measure
-from experiments.bench.answers import TRANSPORT_LIMIT, exact_w2, verdict
 from kd2m_jax import losses
+
+from . import measure
+from .answers import TRANSPORT_LIMIT, exact_w2, verdict
 
 NO_TORCH = "torch is not installed, so its rows are left out: pip install --group bench adds it."
 # How much faster than torch + POT, by n; on related clouds at 512 the floor allows 1.7 alone.

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.bench import measure
 from kd2m_jax import from_nnx, init_state, models
 from kd2m_jax.internal import step_body
+
+from . import measure
 
 # teacher, student, image shape
 PAIRS = (

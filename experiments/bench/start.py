@@ -22,7 +22,7 @@ def start(
     out: str, repeats: int = 1, flags: Sequence[str] = COMMAND
 ) -> tuple[list[dict], list[str]]:
     """Return rows and notes: without a compilation cache, then twice with one that begins empty."""
-    from experiments.bench import measure  # not in the processes whose imports are timed
+    from . import measure  # not in the processes whose imports are timed
 
     del out  # no plot
     with tempfile.TemporaryDirectory() as folder:
@@ -74,10 +74,11 @@ def _run(began: float, flags: list[str]) -> dict:
 
     import jax
 
-    from experiments import digits
-    from experiments.common import cli
-    from experiments.runs import train  # noqa: F401  (what the main loads later)
     from kd2m_jax.internal import Records
+
+    from .. import digits
+    from ..common import cli
+    from ..runs import train  # noqa: F401  (what the main loads later)
 
     seconds["imports"] = time.time() - began
     jax.monitoring.register_event_duration_secs_listener(note)

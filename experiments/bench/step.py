@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.bench import answers, measure
-from experiments.data.augment import preprocess
-from experiments.data.load import load
 from kd2m_jax import (
     Outputs,
     fit,
@@ -20,6 +17,10 @@ from kd2m_jax import (
     models,
     projected,
 )
+
+from ..data.augment import preprocess
+from ..data.load import load
+from . import answers, measure
 
 # Teacher, student, and the images: a shape means random images and untrained networks.
 PAIRS = (("resnet8", "mlp-32-64", "digits"), ("resnet20", "resnet8", (32, 32, 3)))

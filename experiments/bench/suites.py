@@ -18,31 +18,31 @@ def suite(name: Name) -> Callable[..., tuple[list[dict], list[str]]]:
     """
     match name:
         case "peers":
-            from experiments.bench.peers import peers as measured
+            from .peers import peers as measured
         case "losses":
-            from experiments.bench.transport import losses as measured
+            from .transport import losses as measured
         case "classes":
-            from experiments.bench.losses import classes as measured
+            from .losses import classes as measured
         case "gaussian":
-            from experiments.bench.losses import gaussian as measured
+            from .losses import gaussian as measured
         case "growth":
-            from experiments.bench.growth import growth as measured
+            from .growth import growth as measured
         case "step":
-            from experiments.bench.step import step as measured
+            from .step import step as measured
         case "start":
-            from experiments.bench.start import start as measured
+            from .start import start as measured
         case "first-minutes":
-            from experiments.bench.first_minutes import first_minutes as measured
+            from .first_minutes import first_minutes as measured
         case "devices":
-            from experiments.bench.devices import devices as measured
+            from .devices import devices as measured
         case "population":
-            from experiments.bench.population import population as measured
+            from .population import population as measured
         case "torch-cpu":
-            from experiments.bench.torch_cpu import torch_cpu as measured
+            from .torch_cpu import torch_cpu as measured
         case "gpu-step":
-            from experiments.bench.gpu import gpu_step as measured
+            from .gpu import gpu_step as measured
         case "gpu-epoch":
-            from experiments.bench.gpu import gpu_epoch as measured
+            from .gpu import gpu_epoch as measured
         case "gpu-torch":
-            from experiments.bench.gpu_torch import gpu_torch as measured
+            from .gpu_torch import gpu_torch as measured
     return measured

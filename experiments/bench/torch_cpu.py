@@ -12,9 +12,10 @@ import optax
 import torch  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 
-from experiments.bench import measure, step
-from experiments.bench.gpu_torch import ResNet, emd
 from kd2m_jax import fit, from_nnx
+
+from . import measure, step
+from .gpu_torch import ResNet, emd
 
 MLPS = ("mlp-512-256-128-128-128", "mlp-512-256-128")  # the paper's, for MNIST
 RESNETS = ("resnet20", "resnet8")

@@ -16,8 +16,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax, softmax
 
 import kd2m_jax.losses as metrics
-from experiments.bench import measure
-from experiments.bench.clouds import ORDINARY, TRAPS, clouds
+
+from . import measure
+from .clouds import ORDINARY, TRAPS, clouds
 
 # How many times POT's time ours should take less, by metric and n: for related clouds, for others.
 TARGETS = {

@@ -11,8 +11,9 @@ from typing import ClassVar, TypeVar
 
 import tyro
 
-from experiments.common.errors import DataError, UsageError
 from kd2m_jax.internal import is_address, set_compiler_flags
+
+from .errors import DataError, UsageError, command
 
 FlagsT = TypeVar("FlagsT", bound="Flags")
 
@@ -42,7 +43,7 @@ def main(
         type(defaults),
         args=arguments,
         default=defaults,
-        prog=f"python -m {module}",
+        prog=command(module),
         description=_summary(description or ""),
     )
     prepare_jax()
@@ -105,7 +106,8 @@ def _refuse_addresses(arguments: list[str]) -> None:
 def _summary(doc: str) -> str:
     """Return the first paragraph of a main's docstring, and its first command."""
     summary, _, rest = doc.partition("\n\n")
-    return f"{summary}\n    {rest.strip().splitlines()[0]}" if rest else summary
+    first = rest.strip().splitlines()[0] if rest else ""
+    return f"{summary}\n    {command(first.removeprefix('python -m '))}" if rest else summary
 
 
 def _expanded(argument: str) -> str:

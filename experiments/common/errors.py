@@ -4,6 +4,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+# Where the experiments are: "experiments" in a clone, "kd2m_jax.experiments" of a wheel.
+ROOT = __name__.removesuffix(".common.errors")
+
+
+def command(main: str) -> str:
+    """Return what a user types for a main, "experiments.digits", and what follows it."""
+    return f"python -m {main}" if ROOT == "experiments" else f"kd2m {main.partition('.')[2]}"
+
 
 class UsageError(ValueError):
     """A mistake of the user, shown as one line with exit status 2."""

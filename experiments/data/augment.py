@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from experiments.data.specs import Dataset
+from .specs import Dataset
 
 
 def preprocess(dataset: Dataset):

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common.errors import DataError, UsageError
-from experiments.data.pictures import Pictures, Seen, look
-from experiments.data.specs import Dataset, sha256
+from ..common.errors import DataError, UsageError
+from .pictures import Pictures, Seen, look
+from .specs import Dataset, sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NAMED = 5  # of the files that cannot be read

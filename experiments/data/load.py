@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from experiments.common.errors import reading
-from experiments.data.array_cache import cached
-from experiments.data.specs import DATASETS, Dataset, Spec
+from ..common.errors import reading
+from .array_cache import cached
+from .specs import DATASETS, Dataset, Spec
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool = True) -> Dataset:
@@ -71,7 +71,7 @@ def _prepared(spec: Spec, data_dir: str | os.PathLike | None, progress: bool):
     with reading(root / spec.source, remedy):
         builder: Any = tfds.builder(spec.source, data_dir=root)
         if not builder.data_path.exists():
-            from experiments.data.prepare import prepare
+            from .prepare import prepare
 
             prepare(spec, root, progress)
             builder = tfds.builder(spec.source, data_dir=root)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from experiments.common.errors import DataError
-from experiments.data.specs import sha256
+from ..common.errors import DataError
+from .specs import sha256
 
 _AT_ONCE = 512  # pictures that the threads are given at a time
 

@@ -25,10 +25,11 @@ from PIL import Image
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from experiments.common.errors import DataError, reading
-from experiments.data.specs import Spec
 from kd2m_jax import CheckpointError
 from kd2m_jax.internal import locked
+
+from ..common.errors import DataError, command, reading
+from .specs import Spec
 
 # Seconds that a server may take to answer before it counts as out of reach.
 PATIENCE = 15
@@ -68,7 +69,7 @@ def prepare(spec: Spec, root: pathlib.Path, progress: bool) -> None:
         raise DataError(
             f"{spec.source} is not in {root}, and cannot be written there: {error}\n"
             "Name another folder with --data-dir.\n"
-            "To run without it: python -m experiments.digits"
+            f"To run without it: {command('experiments.digits')}"
         ) from error
 
 
@@ -87,13 +88,13 @@ def _how_to_get(spec: Spec, root: pathlib.Path, error: Exception) -> str:
     """Say how to get the data, where there is neither data nor network."""
     manual = root / "downloads" / "manual"
     missing = [name for name in _SOURCES[spec.source][0] if not (manual / name).exists()]
-    command = f"python -m {spec.experiment} --data-dir={shlex.quote(str(root))}"
+    again = f"{command(spec.experiment)} --data-dir={shlex.quote(str(root))}"
     return (
         f"{spec.source} is not in {root}, and cannot be downloaded ({type(error).__name__}).\n"
-        f"To get it, where there is a network: {command} --max-steps=1\n"
+        f"To get it, where there is a network: {again} --max-steps=1\n"
         f"or put {', '.join(missing)} into {manual},\n"
         "or name the folder that has it with --data-dir.\n"
-        "To run without it: python -m experiments.digits"
+        f"To run without it: {command('experiments.digits')}"
     )
 
 

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments.common.errors import UsageError
-from experiments.data.augment import preprocess
-from experiments.data.specs import Dataset
-from experiments.runs.configuration import RunConfig, configuration, solver_unsaid, terms_of
-from experiments.runs.folder import ALONE
-from experiments.runs.protocols import PROTOCOLS
-from experiments.runs.settings import Settings
 from kd2m_jax import Network, Outputs, internal, losses, models, projected
+
+from ..common.errors import UsageError
+from ..data.augment import preprocess
+from ..data.specs import Dataset
+from .configuration import RunConfig, configuration, solver_unsaid, terms_of
+from .folder import ALONE
+from .protocols import PROTOCOLS
+from .settings import Settings
 
 Metric = losses.Metric | losses.MetricSum
 Coef = float | str | Callable[[jax.Array], jax.Array]

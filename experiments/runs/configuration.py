@@ -8,11 +8,12 @@ import json
 import pathlib
 from typing import Any
 
-from experiments.common import files
-from experiments.common.errors import UsageError
-from experiments.data.specs import Dataset, data_sha256, sha256
-from experiments.runs.settings import Settings, coefficients
 from kd2m_jax import internal
+
+from ..common import files
+from ..common.errors import UsageError
+from ..data.specs import Dataset, data_sha256, sha256
+from .settings import Settings, coefficients
 
 # The fields that make a teacher; the hash of their values names its folder in the cache.
 _MAKES_TEACHER = (
@@ -133,7 +134,7 @@ class RunConfig:
 
 def configuration(settings: Settings, dataset: Dataset) -> RunConfig:
     """Return everything that decides the result of a run with these flags."""
-    from experiments.runs.protocols import PROTOCOLS  # loads JAX
+    from .protocols import PROTOCOLS  # loads JAX
 
     d, n, t = settings.distillation, settings.networks, settings.training
     protocol, coef = PROTOCOLS[t.protocol], coefficients(d)

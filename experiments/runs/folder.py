@@ -10,11 +10,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 
-from experiments.common import files, machine
-from experiments.common.errors import UsageError
-from experiments.runs.configuration import RunConfig
-from experiments.runs.events import event_writer
 from kd2m_jax import internal
+
+from ..common import files, machine
+from ..common.errors import UsageError
+from .configuration import RunConfig
+from .events import event_writer
 
 # The metric of a run without distillation, and the name of its cell in a table.
 ALONE = "none"

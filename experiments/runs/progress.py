@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-from experiments.runs.build import Plan
 from kd2m_jax.internal import Progress, is_first
+
+from .build import Plan
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 import pathlib
 
-from experiments.common import files, tables
-from experiments.common.figures import PHASES, finish, plt
-from experiments.runs.folder import RunFolder
+from ..common import files, tables
+from ..common.figures import PHASES, finish, plt
+from .folder import RunFolder
 
 TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "distilled student"}
 HEADER = ("", "network", "parameters", "test accuracy", "best epoch")

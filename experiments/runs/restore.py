@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.common.errors import UsageError
-from experiments.runs.build import Plan
 from kd2m_jax import Network, init_state
 from kd2m_jax.internal import Checkpoints, as_network
+
+from ..common.errors import UsageError
+from .build import Plan
 
 
 def last(model: nnx.Module | Network, folder: pathlib.Path, plan: Plan) -> nnx.Module:

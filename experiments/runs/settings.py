@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from experiments.common.cli import Flags, optional
-from experiments.common.errors import UsageError
+from ..common.cli import Flags, optional
+from ..common.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +155,9 @@ def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
 
 def check(settings: Settings) -> None:
     """Raise UsageError for what is wrong with the flags, before anything is loaded or made."""
-    from experiments.runs.protocols import PROTOCOLS
     from kd2m_jax.internal import did_you_mean, terms
+
+    from .protocols import PROTOCOLS
 
     d, t, r = settings.distillation, settings.training, settings.run
     if not 0 <= t.seed < 2**32:

@@ -13,17 +13,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.common import files
-from experiments.common.errors import UsageError
-from experiments.data.load import load
-from experiments.data.pictures import Pictures, for_fit
-from experiments.data.specs import Dataset
-from experiments.runs import report
-from experiments.runs.build import Matching, Plan, build, check_names, solvers
-from experiments.runs.configuration import RunConfig, configuration, run_path
-from experiments.runs.folder import RunFolder
-from experiments.runs.progress import shown
-from experiments.runs.settings import Run, Settings, check
 from kd2m_jax import FitResult, Network, fit
 from kd2m_jax.internal import (
     after_first,
@@ -35,6 +24,18 @@ from kd2m_jax.internal import (
     start,
     watched,
 )
+
+from ..common import files
+from ..common.errors import UsageError
+from ..data.load import load
+from ..data.pictures import Pictures, for_fit
+from ..data.specs import Dataset
+from . import report
+from .build import Matching, Plan, build, check_names, solvers
+from .configuration import RunConfig, configuration, run_path
+from .folder import RunFolder
+from .progress import shown
+from .settings import Run, Settings, check
 
 LOG_EVERY = 10  # steps from one record to the next
 

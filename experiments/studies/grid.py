@@ -6,11 +6,11 @@ import pathlib
 import re
 from typing import Annotated, Any, Literal
 
-from experiments import cifar, digits, mnist, svhn
-from experiments.common.cli import optional
-from experiments.common.errors import UsageError
-from experiments.runs.folder import ALONE, RunFolder
-from experiments.runs.settings import Distillation, Run, Settings, check
+from .. import cifar, digits, mnist, svhn
+from ..common.cli import optional
+from ..common.errors import UsageError
+from ..runs.folder import ALONE, RunFolder
+from ..runs.settings import Distillation, Run, Settings, check
 
 # What a data set's cells have in common with its main.
 DEFAULTS: dict[str, Settings] = {
@@ -136,7 +136,7 @@ def _weights(coef: str) -> str:
 
 def cells(grid: Grid, datasets: tuple[str, ...], metrics: tuple[str, ...], coef: str | None = None):
     """List and check all cells: a seed's after one another, its student alone first."""
-    from experiments.runs.build import check_names  # loads JAX, which --help does not need
+    from ..runs.build import check_names  # loads JAX, which --help does not need
 
     for flag, value in (("--seeds", grid.seeds), ("--train-examples", grid.train_examples)):
         if value is not None and value < 1:

@@ -2,8 +2,8 @@
 
 import re
 
-from experiments.runs.folder import ALONE
-from experiments.studies import text
+from ..runs.folder import ALONE
+from . import text
 
 
 def latex(table: dict) -> list[str]:

@@ -8,16 +8,17 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.common import files
-from experiments.common.errors import UsageError
-from experiments.data.specs import Dataset
-from experiments.runs import restore
-from experiments.runs.build import build
-from experiments.runs.progress import shown
-from experiments.runs.train import LOG_EVERY, devices, ran
-from experiments.studies.grid import Cell
 from kd2m_jax import NonFiniteLoss, TrainState, fit
 from kd2m_jax.internal import Checkpoints
+
+from ..common import files
+from ..common.errors import UsageError
+from ..data.specs import Dataset
+from ..runs import restore
+from ..runs.build import build
+from ..runs.progress import shown
+from ..runs.train import LOG_EVERY, devices, ran
+from .grid import Cell
 
 LIMIT = 8  # students per program, because each makes it longer to compile
 

@@ -4,9 +4,9 @@ import datetime
 import re
 from collections.abc import Iterable
 
-from experiments.common.machine import processor
-from experiments.runs.folder import ALONE
-from experiments.studies.grid import Cell
+from ..common.machine import processor
+from ..runs.folder import ALONE
+from .grid import Cell
 
 _HOST = ("python", "machine", "cpu", "cores", "devices")
 

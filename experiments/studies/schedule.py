@@ -4,13 +4,14 @@ import itertools
 
 from tqdm import tqdm
 
-from experiments.data.load import load
-from experiments.data.specs import Dataset, shortened
-from experiments.runs.build import build
-from experiments.runs.train import distil
-from experiments.studies.grid import Cell, Grid
-from experiments.studies.population import train_together
 from kd2m_jax import NonFiniteLoss
+
+from ..data.load import load
+from ..data.specs import Dataset, shortened
+from ..runs.build import build
+from ..runs.train import distil
+from .grid import Cell, Grid
+from .population import train_together
 
 
 def train(grid: Grid, cells: list[Cell], together: bool = False) -> dict[str, dict[str, int]]:

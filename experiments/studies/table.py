@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from experiments.common import figures, files, tables
-from experiments.runs.folder import ALONE
-from experiments.studies import intervals, provenance, text
-from experiments.studies.grid import Cell, scores
-from experiments.studies.latex import latex
+from ..common import figures, files, tables
+from ..common.errors import command
+from ..runs.folder import ALONE
+from . import intervals, provenance, text
+from .grid import Cell, scores
+from .latex import latex
 
 # Test accuracy in percent, ResNet-34 to ResNet-18: Fernandes Montesuma, KD2M, GSI 2025, arXiv
 # 2504.01757. One seed, ImageNet-pretrained networks, and a student alone that never anneals.
@@ -34,7 +35,7 @@ def write(out: str | pathlib.Path, cells: list[Cell], sizes: dict[str, dict[str,
     for name in sizes:
         datasets[name] = _dataset([c for c in cells if c.dataset == name], name, sizes[name])
     table = {
-        "command": shlex.join(["python", "-m", "experiments.table", *sys.argv[1:]]),
+        "command": " ".join([command("experiments.table"), shlex.join(sys.argv[1:])]),
         **provenance.of(cells),
         "seeds": len({c.seed for c in cells}),
         "datasets": datasets,

@@ -1,8 +1,8 @@
 """The words of a table: titles, cells, what is statistically significant, Markdown. No JAX."""
 
-from experiments.common import tables
-from experiments.runs.folder import ALONE
-from experiments.studies import intervals, provenance
+from ..common import tables
+from ..runs.folder import ALONE
+from . import intervals, provenance
 
 TITLES = {"teacher": "teacher", ALONE: "student alone"}
 HEADER = ("", "λ", "accuracy (%)", "minus alone", "95% interval", "p (Holm)", "best epoch (%)")

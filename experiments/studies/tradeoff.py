@@ -9,10 +9,11 @@ from collections.abc import Iterable
 import numpy as np
 from matplotlib.ticker import NullFormatter
 
-from experiments.common import figures, files, tables
-from experiments.runs.folder import ALONE
-from experiments.studies import intervals, provenance
-from experiments.studies.grid import Cell, scores
+from ..common import figures, files, tables
+from ..common.errors import command
+from ..runs.folder import ALONE
+from . import intervals, provenance
+from .grid import Cell, scores
 
 HEADER = ("λ", "accuracy (%)", "minus alone", "95% interval", "p (Holm)")
 HEADER += ("cross-entropy (nats)", "distance")
@@ -23,7 +24,7 @@ def write(out: str | pathlib.Path, cells: list[Cell], title: str, name: str) -> 
     out = pathlib.Path(out)
     numbers = {
         "title": title,
-        "command": shlex.join(["python", "-m", "experiments.tradeoff", *sys.argv[1:]]),
+        "command": " ".join([command("experiments.tradeoff"), shlex.join(sys.argv[1:])]),
         **provenance.of(cells),
         **_numbers(cells),
     }

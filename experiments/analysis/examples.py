@@ -4,15 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis.trained import known
-from experiments.common.errors import UsageError
-from experiments.data.folders import Folders, listed, load_folders
-from experiments.data.pictures import Pictures
-from experiments.data.specs import Dataset
-from experiments.runs.folder import RunFolder
+from ..common.errors import UsageError
+from ..data.folders import Folders, listed, load_folders
+from ..data.pictures import Pictures
+from ..data.specs import Dataset
+from ..runs.folder import RunFolder
+from .trained import known
 
 
-def test_images(
+def examples(
     folder: RunFolder, other: str | None, data_dir: str | None
 ) -> tuple[Dataset, tuple[Any, np.ndarray]]:
     """Return what is known of the data, and images with labels: the run's own, or others."""
