@@ -11,9 +11,9 @@ students apart.
 """
 
 from .common.cli import main
-from .runs.settings import Distillation, Networks, Settings, Training
+from .runs.settings import DigitsSettings, Distillation, Networks, Settings, Training
 
-DEFAULTS = Settings(
+DEFAULTS = DigitsSettings(
     distillation=Distillation(metric="cw2", coef="1e-3"),
     networks=Networks(teacher="resnet8", student="mlp-32-64"),
     training=Training(protocol="digits"),

@@ -52,9 +52,9 @@ def finished(path: str | pathlib.Path, data_dir: str | None) -> Finished:
     if not folder.student.exists():  # a table keeps one for all metrics
         folder = RunFolder(folder.path, in_table=True)
     trained = {
-        "teacher": restore.last(plan.teacher, folder.teacher(config), plan),
-        "student": restore.last(plan.student, folder.student, plan),
-        "distilled": restore.last(plan.distilled, folder.distilled, plan),
+        "teacher": restore.last(plan.teacher, folder.teacher(config)),
+        "student": restore.last(plan.student, folder.student),
+        "distilled": restore.last(plan.student, folder.distilled),
     }
     return Finished(folder, plan, trained)
 

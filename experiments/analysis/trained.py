@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from kd2m_jax import Network, Outputs, from_nnx, restore
+from kd2m_jax import Network, Outputs, from_nnx
 
 from ..common.errors import UsageError
 from ..data.augment import preprocess
 from ..data.load import load
 from ..data.specs import Dataset
+from ..runs import restore
 from ..runs.build import network
 from ..runs.configuration import RunConfig
 from ..runs.folder import RunFolder
@@ -78,12 +79,10 @@ def trained(folder: RunFolder, dataset: Dataset, which: str | None = None) -> Tr
     config = folder.config
     which = which or ("distilled" if folder.distilled.exists() else "student")
     checkpoints = folder.teacher(config) if which == "teacher" else getattr(folder, which)
-    if not checkpoints.exists():
-        raise UsageError(f"there is no checkpoint in {checkpoints}: has it been moved?")
     # Its weights are those of the checkpoint, whatever it began with.
     fresh = dataclasses.replace(config, pretrained_teacher=None, pretrained_student=None)
     empty = network("teacher" if which == "teacher" else "student", dataset, fresh)
-    module = restore(checkpoints, [empty])[0]
+    module = restore.last(empty, checkpoints)
     prepare = preprocess(dataset)
     return Trained(
         folder=folder,

@@ -1,19 +1,23 @@
 """The command line that every main shares: flags with defaults, and one line for a mistake."""
 
 import ctypes
+import dataclasses
+import difflib
 import itertools
 import logging
 import os
+import pathlib
 import sys
 import threading
-from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import tyro
 
 from kd2m_jax.internal import is_address, set_compiler_flags
 
 from .errors import DataError, UsageError, command
+from .files import read_object
 
 FlagsT = TypeVar("FlagsT", bound="Flags")
 
@@ -27,6 +31,10 @@ class Flags:
 
     after_stop: ClassVar[str] = "the same command starts again"
 
+    def configured(self, content: dict[str, Any]) -> Self:
+        """Return the flags with what a config.json has."""
+        raise ValueError("this command takes none")
+
 
 def optional(kind: str, default: str):
     """Describe a flag that may be left out, and the value that then stands in for it."""
@@ -38,7 +46,14 @@ def main(
 ) -> None:
     """Read the command line over these defaults and run; a mistake is one line and status 2."""
     arguments = [_expanded(argument) for argument in sys.argv[1:]]
+    if "--version" in arguments:
+        from kd2m_jax import __version__
+
+        print(f"kd2m_jax {__version__}")
+        return
     _refuse_addresses(arguments)
+    defaults, arguments = _with_config(defaults, arguments)
+    _refuse_unknown(arguments, {"help", *_flags(type(defaults))})
     settings = tyro.cli(
         type(defaults),
         args=arguments,
@@ -79,6 +94,43 @@ def main(
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}; once that is mended {settings.after_stop}")
         sys.exit(1)
+
+
+def _with_config(defaults: FlagsT, arguments: list[str]) -> tuple[FlagsT, list[str]]:
+    """Take the defaults from a run's config.json where ``--config`` names one."""
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag == "--config":
+            rest = arguments[i + 1 :] if equals else arguments[i + 2 :]
+            file = value if equals else "".join(arguments[i + 1 : i + 2])
+            try:
+                return defaults.configured(read_object(pathlib.Path(file))), arguments[:i] + rest
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                _fail(f"--config {file} cannot be used: {reason}")
+                sys.exit(2)
+    return defaults, arguments
+
+
+def _flags(kind: Any) -> Iterator[str]:
+    """Give the names of the flags that a dataclass of dataclasses makes."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _flags(hints[field.name])
+        else:
+            yield field.name.replace("_", "-")
+
+
+def _refuse_unknown(arguments: list[str], known: set[str]) -> None:
+    """End with one line, which names the nearest, for a flag that there is not."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("_", "-")
+        if argument.startswith("--") and name and name not in known:
+            near = difflib.get_close_matches(name, known, 2)
+            hint = " or ".join(f"--{one}" for one in near)
+            _fail(f"there is no flag --{name}" + (f": did you mean {hint}?" if hint else ""))
+            sys.exit(2)
 
 
 def _quiet_threads() -> None:

@@ -1,6 +1,9 @@
 """Turn uint8 images on the device into the network's input, inside the compiled step."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +11,45 @@ import jax.numpy as jnp
 from .specs import Dataset
 
 
-def preprocess(dataset: Dataset):
+def preprocess(
+    dataset: Dataset, *, label_smoothing: float = 0.0, mixup: float = 0.0
+) -> Callable[..., Any]:
     """Return a data set's ``(x, keys) -> x`` for `kd2m_jax.fit`: crop, flip, normalise.
 
     Each image has its own key, so its augmentation does not depend on the number of devices.
-    Without keys (evaluation) images are only normalised.
+    Without keys (evaluation) images are only normalised. With one of the options it is ``(x,
+    labels, keys) -> (x, labels)`` and the labels become distributions.
     """
     moments = [tuple(float(v) for v in values) for values in (dataset.mean, dataset.std)]
     # Numbers and no arrays, so that `fit` can share programs between runs.
-    return functools.partial(_prepare, *moments, dataset.crop_padding, dataset.flip)
+    images = functools.partial(_prepare, *moments, dataset.crop_padding, dataset.flip)
+    if not (label_smoothing or mixup):
+        return images
+    return _Softened(images, len(dataset.classes), label_smoothing, mixup)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Softened:
+    """Images prepared, labels smoothed, both mixed in pairs (mixup, Zhang et al., ICLR 2018)."""
+
+    images: Callable
+    classes: int
+    smoothing: float
+    alpha: float
+
+    def __call__(self, x, labels, keys):
+        x = self.images(x, keys)
+        if keys is None:
+            return x, labels
+        soft = jax.nn.one_hot(labels, self.classes)
+        soft = (1 - self.smoothing) * soft + self.smoothing / self.classes
+        if self.alpha:
+            # Images of one device's part of the batch, in pairs with their neighbours: the batch
+            # is in random order already.
+            share = jax.random.beta(jax.random.fold_in(keys[0], 1), self.alpha, self.alpha)
+            mix = lambda a: share * a + (1 - share) * jnp.roll(a, 1, axis=0)  # noqa: E731
+            x, soft = mix(x), mix(soft)
+        return x, soft
 
 
 def _prepare(mean: tuple, std: tuple, crop_padding: int, flip: bool, x, keys):

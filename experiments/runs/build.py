@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from kd2m_jax import Network, Outputs, internal, losses, models, projected
+from kd2m_jax import (
+    EarlyStopping,
+    Network,
+    Outputs,
+    WeightAverage,
+    internal,
+    losses,
+    models,
+    projected,
+)
 
 from ..common.errors import UsageError
 from ..data.augment import preprocess
@@ -28,7 +37,7 @@ Coef = float | str | Callable[[jax.Array], jax.Array]
 class Options(TypedDict):
     """The arguments of `kd2m_jax.fit` that are the same in every phase."""
 
-    preprocess: Callable[[jax.Array, jax.Array | None], jax.Array]
+    preprocess: Callable[..., Any]
     optimizer: optax.GradientTransformation
     epochs: int
     batch_size: int
@@ -86,9 +95,13 @@ class Plan:
     def options(self) -> Options:
         """Return the arguments of `kd2m_jax.fit` that are the same in every phase."""
         config = self.config
-        optimizer = PROTOCOLS[config.protocol].optimizer(config.epochs, self.steps_per_epoch)
+        given = config.options or {}
+        rule = {k: v for k, v in given.items() if k in ("optimizer", "lr", "weight_decay")}
+        protocol = PROTOCOLS[config.protocol]
+        optimizer = protocol.optimizer(config.epochs, self.steps_per_epoch, **rule)
+        soft = {k: v for k, v in given.items() if k in ("label_smoothing", "mixup")}
         return {
-            "preprocess": preprocess(self.dataset),
+            "preprocess": preprocess(self.dataset, **soft),
             "optimizer": optimizer,
             "epochs": config.epochs,
             "batch_size": config.batch_size,
@@ -97,6 +110,17 @@ class Plan:
             "max_steps": config.max_steps,
             "progress": False,  # the experiments show bars of their own
         }
+
+    @property
+    def callbacks(self) -> list[Callable[[dict], Any]]:
+        """Return the callbacks of `kd2m_jax.fit` that the flags ask for, new ones for a phase."""
+        given = self.config.options or {}
+        found: list[Callable[[dict], Any]] = []
+        if "ema" in given:
+            found.append(WeightAverage(given["ema"]))
+        if "early_stop" in given:
+            found.append(EarlyStopping(given["early_stop"]))
+        return found
 
     def matching(self, teacher: nnx.Module) -> Matching:
         """Return the arguments of `kd2m_jax.fit` that distil from this trained teacher."""

@@ -37,6 +37,7 @@ ABSENT = {
     "published": None,
     "solver": "sinkhorn",
     "images": None,
+    "options": None,
 }
 
 
@@ -57,6 +58,7 @@ class RunConfig:
       solver: what w2, cw2 and jw2 take where ``metric`` does not say.
       published: the published weights of a metric whose coef is "published".
       images: where images of one's own come from, and their classes; None of a known data set.
+      options: the flags of `settings.OPTIONS` that were given; None of a run without any.
       parameters: how many parameters "teacher" and "student" have; empty until they are built.
 
     The other fields are the flags of the same names.
@@ -87,6 +89,7 @@ class RunConfig:
     solver: str = "sinkhorn"
     published: dict[str, Any] | None = None
     images: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
     parameters: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -108,7 +111,7 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the content of config.json; what says nothing is left out."""
         content = dataclasses.asdict(self) | {"coef": list(self.coef)}
-        for key in ("published", "solver", "images"):
+        for key in ("published", "solver", "images", "options"):
             if content[key] == ABSENT[key]:
                 del content[key]
         return content
@@ -122,7 +125,8 @@ class RunConfig:
     @property
     def makes_teacher(self) -> dict[str, Any]:
         """Return the settings that make the teacher."""
-        return {key: getattr(self, key) for key in _MAKES_TEACHER}
+        options = {"options": self.options} if self.options else {}
+        return {key: getattr(self, key) for key in _MAKES_TEACHER} | options
 
     @property
     def teacher_name(self) -> str:
@@ -166,6 +170,7 @@ def configuration(settings: Settings, dataset: Dataset) -> RunConfig:
         max_steps=settings.run.max_steps,
         published=published,
         images=dataset.origin,
+        options=t.options or None,
     )
 
 

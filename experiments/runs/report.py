@@ -43,6 +43,8 @@ def write(folder: RunFolder) -> None:
     title = f"{config.dataset}: {config.teacher} to {config.student}"
     out = [f"# {title}, metric {config.metric}", ""]
     out += tables.markdown([HEADER, *rows(folder)], words=2)
+    if "early_stop" in (config.options or {}):
+        out += ["", "The test images also decided when to stop (--early-stop)."]
     out += [
         "",
         "Test accuracy is the last epoch's, over all test examples. The best epoch is chosen on "

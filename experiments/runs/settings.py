@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import tyro
 
@@ -48,12 +48,16 @@ class Networks:
     """The same for the student."""
 
 
+# Flags of a training that config.json has under one key, where any is given.
+OPTIONS = ("optimizer", "lr", "weight_decay", "label_smoothing", "mixup", "ema", "early_stop")
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """How all three networks are trained."""
 
-    protocol: str = "kd2m"
-    """digits, kd2m (paper), crd (longer)."""
+    protocol: Literal["digits", "kd2m", "crd"] = "kd2m"
+    """kd2m is the paper's, crd the longest."""
     epochs: Annotated[int | None, optional("INT", "digits 20, kd2m 15, crd 240")] = None
     """Passes over the data."""
     batch_size: Annotated[int | None, optional("INT", "digits, kd2m 128; crd 64")] = None
@@ -64,6 +68,26 @@ class Training:
     """Losses stay float32."""
     seed: int = 0
     """Random seed for weights, data order and augmentation."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """With the protocol's schedule."""
+    lr: Annotated[float | None, optional("FLOAT", "the protocol's")] = None
+    """Learning rate at the start."""
+    weight_decay: Annotated[float | None, optional("FLOAT", "the protocol's")] = None
+    """Of all parameters, >= 0."""
+    label_smoothing: float = 0.0
+    """Share of a label spread over all classes."""
+    mixup: float = 0.0
+    """Alpha > 0: mix images and labels in pairs."""
+    ema: float = 0.0
+    """Decay of an average of the weights, say 0.999, that is tested and kept."""
+    early_stop: Annotated[int | None, optional("EPOCHS", "never")] = None
+    """Stop so long after the best epoch, by the test images."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the flags below the seed that differ from their defaults."""
+        own = [f for f in dataclasses.fields(self) if f.name in OPTIONS]
+        return {f.name: v for f in own if (v := getattr(self, f.name)) != f.default}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +124,16 @@ class Settings(Flags):
     """Everything that a training main takes."""
 
     after_stop: ClassVar[str] = "the same command with --resume continues"
+    own_data: ClassVar[bool] = False  # whether --data-dir has no meaning
 
     distillation: Annotated[tyro.conf.OmitArgPrefixes[Distillation], _FIRST] = Distillation()
     networks: Annotated[tyro.conf.OmitArgPrefixes[Networks], _BOX] = Networks()
     training: Annotated[tyro.conf.OmitArgPrefixes[Training], _BOX] = Training()
     run: Annotated[tyro.conf.OmitArgPrefixes[Run], _BOX] = Run()
+
+    def configured(self, content: dict[str, Any]) -> Self:
+        """Return the flags with what a run's config.json has."""
+        return from_config(self, content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +147,17 @@ class CifarSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class DigitsSettings(Settings):
+    """`Settings` of data that comes with scikit-learn."""
+
+    own_data: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True)
 class ImagesSettings(Settings):
     """`Settings`, and which pictures."""
+
+    own_data: ClassVar[bool] = True
 
     train: Annotated[str | None, optional("DIR", "none, but needed")] = None
     """A folder of pictures per class in it."""
@@ -133,6 +171,35 @@ class ImagesSettings(Settings):
     """Keep so many; the rest have none."""
     skip_unreadable: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave damaged files out."""
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def from_config(settings: SettingsT, content: dict[str, Any]) -> SettingsT:
+    """Return settings with what a run's config.json has; UsageError where it is of another main."""
+    own = getattr(settings, "dataset", None)
+    images = content.get("images")
+    if (images is None) == isinstance(settings, ImagesSettings):
+        raise UsageError("--config is of a run on other data than this command's")
+    given = {k: v for k, v in content.items() if k not in ("images", "options", "optimizer")}
+    given |= content.get("options") or {}
+    given["coef"] = ",".join(f"{c:g}" if isinstance(c, float) else str(c) for c in content["coef"])
+    if images:
+        given |= {k: v for k, v in images.items() if k != "seed"}
+    if own is None:
+        given.pop("dataset", None)
+
+    def taken(group: Any) -> Any:
+        names = {f.name for f in dataclasses.fields(group)}
+        inner = {
+            name: taken(value)
+            for name in names
+            if dataclasses.is_dataclass(value := getattr(group, name))
+        }
+        return dataclasses.replace(group, **{k: given[k] for k in names & given.keys()}, **inner)
+
+    return taken(settings)
 
 
 def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
@@ -155,11 +222,11 @@ def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
 
 def check(settings: Settings) -> None:
     """Raise UsageError for what is wrong with the flags, before anything is loaded or made."""
-    from kd2m_jax.internal import did_you_mean, terms
-
-    from .protocols import PROTOCOLS
+    from kd2m_jax.internal import terms
 
     d, t, r = settings.distillation, settings.training, settings.run
+    if settings.own_data and r.data_dir is not None:
+        raise UsageError("--data-dir has no meaning here: it is where tensorflow-datasets' data is")
     if not 0 <= t.seed < 2**32:
         raise UsageError(f"--seed must be at least 0 and below 2^32, got {t.seed}")
     for flag, values in (("--coef", coefficients(d)), ("--task-coef", (d.task_coef,))):
@@ -173,8 +240,7 @@ def check(settings: Settings) -> None:
     count = len(terms(d.metric))
     if len(coefficients(d)) != count and not isinstance(coefficients(d)[0], str):
         raise UsageError(f"--coef needs {count} numbers for --metric={d.metric}, got {d.coef}")
-    if t.protocol not in PROTOCOLS:
-        raise UsageError(f"unknown protocol {t.protocol!r}: {did_you_mean(t.protocol, PROTOCOLS)}")
+    _check_options(settings)
     for flag, value in (
         ("--epochs", t.epochs),
         ("--batch-size", t.batch_size),
@@ -188,6 +254,29 @@ def check(settings: Settings) -> None:
     if not r.save_every >= 0:
         raise UsageError(f"--save-every must be >= 0 seconds, got {r.save_every:g}")
     _check_processes(r)
+
+
+def _check_options(settings: Settings) -> None:
+    t = settings.training
+    for flag, value, low, high in (
+        ("--lr", t.lr, 0, math.inf),
+        ("--weight-decay", t.weight_decay, 0, math.inf),
+        ("--label-smoothing", t.label_smoothing, 0, 1),
+        ("--mixup", t.mixup, 0, math.inf),
+        ("--ema", t.ema, 0, 1),
+    ):
+        if value is not None and not (low <= value < high and math.isfinite(value)):
+            below = "" if high == math.inf else f" and below {high}"
+            raise UsageError(f"{flag} must be at least {low}{below}, got {value}")
+    if t.lr == 0:
+        raise UsageError("--lr must be above 0, got 0")
+    if t.early_stop is not None and t.early_stop < 1:
+        raise UsageError(f"--early-stop must be at least 1, got {t.early_stop}")
+    if (t.mixup or t.label_smoothing) and getattr(settings, "labels_per_class", None):
+        raise UsageError(
+            "--mixup and --label-smoothing change labels, and with --labels-per-class most "
+            "pictures have none: leave them out"
+        )
 
 
 def _check_images(images: ImagesSettings) -> None:

@@ -128,7 +128,7 @@ def run_phase(
             for_fit(plan.dataset.train, plan.config.batch_size, plan.config.seed),
             eval_data=for_fit(plan.dataset.test, 500, None),
             log_every=LOG_EVERY,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *plan.callbacks],
             checkpoint_dir=checkpoint_dir,
             save_every=save_every,
             **plan.options,

@@ -78,7 +78,7 @@ def _train(shared: pathlib.Path, group: list[Cell], dataset: Dataset) -> None:
         print(projector)
     first = plans[0]
     cache = group[0].folder.teacher(first.config)
-    teacher = restore.last(first.teacher, cache, first)
+    teacher = restore.last(first.teacher, cache)
     matching = [plan.matching(teacher) for plan in plans]
     with shown(f"{len(group)} distilled students", first) as progress:
         results = fit(
