@@ -14,7 +14,7 @@ from .runs.settings import Distillation, ImagesSettings, Networks, Training
 DEFAULTS = ImagesSettings(
     distillation=Distillation(metric="cw2", coef="1e-3"),
     networks=Networks(teacher="resnet20", student="resnet8"),
-    training=Training(protocol="digits", batch_size=32),
+    training=Training(protocol="digits"),
 )
 
 

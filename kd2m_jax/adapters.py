@@ -291,6 +291,20 @@ def as_network(model: Model) -> Network:
     )
 
 
+def logits_of(model: Model) -> Network:
+    """Return a network whose features do not count: a module that returns logits alone will do."""
+
+    def read(returned: Any) -> Outputs:
+        alone = hasattr(returned, "shape")
+        return Outputs(returned, returned) if alone else _outputs(returned, type(model).__name__)
+
+    if isinstance(model, nnx.Module):
+        return nnx_network(model, lambda module, x, train: read(module(x)))
+    if isinstance(model, nn.Module):
+        return linen_network(model, None, lambda returned, seen, x: read(returned))
+    return as_network(model)
+
+
 def _what_it_is(model: Any) -> str:
     """Describe an object that is not a model, and what its owner probably wants."""
     name = type(model).__name__
@@ -302,6 +316,10 @@ def _what_it_is(model: Any) -> str:
         return f"{name}: give its .student"
     if isinstance(model, list | tuple):
         return f"a {name}: one network is wanted here"
+    if hasattr(model, "shape") and hasattr(model, "dtype"):
+        return (
+            f"an array: Outputs(...) of a teacher's for the same rows, Bank(...) of others ({name})"
+        )
     if any(base.__module__.startswith("torch.") for base in type(model).__mro__):
         return f"{name} of torch: models.load_torch_weights reads the weights of a ResNet"
     return name
@@ -314,5 +332,6 @@ def _outputs(out: Any, name: str) -> Outputs:
     kind = type(out).__name__ if shape is None else f"one array of shape {list(shape)}"
     raise TypeError(
         f"{name} must return kd2m_jax.Outputs, (features, logits) or (features, "
-        f"logits, maps), got {kind}: have it return its penultimate features too"
+        f"logits, maps), got {kind}: have it return its penultimate features too, or let "
+        "kd2m_jax.capture(network, features=...) read a layer of it"
     )

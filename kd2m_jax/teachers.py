@@ -126,6 +126,8 @@ class Bank:
         logits: ArrayLike | None = None,
         rows: int | None = 256,
     ):
+        if isinstance(features, Outputs):
+            raise TypeError("a bank takes arrays: Bank(outputs.features, logits=outputs.logits)")
         whole = isinstance(rows, int | np.integer) and not isinstance(rows, bool)
         if rows is not None and (not whole or rows < 1):
             raise ValueError(f"rows must be at least 1, or None, got {rows!r}")

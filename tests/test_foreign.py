@@ -249,3 +249,32 @@ def test_a_module_is_no_variables():
     net = Turned(nnx.Rngs(0))
     with pytest.raises(TypeError, match="a trained module is the model itself"):
         kd2m_jax.predict(capture(net, features="a"), jnp.ones((8, 6)), variables=net)
+
+
+@pytest.mark.slow
+def test_predict_takes_a_network_that_returns_its_logits_alone():
+    x = jnp.ones((8, 6))
+    net, module = Turned(nnx.Rngs(0)), Plain()
+    variables = module.init(jax.random.key(0), x)
+    np.testing.assert_allclose(predict(net, x), net(x), rtol=1e-5)
+    found = predict(module, x, variables=variables)
+    np.testing.assert_allclose(found, module.apply(variables, x), rtol=1e-5)
+    with pytest.raises(TypeError, match=r"or let kd2m_jax.capture\(network, features=...\) read"):
+        fit(net, (x, jnp.zeros(8, int)), batch_size=8)
+
+
+def test_messages_name_what_to_write():
+    x, y = jnp.ones((8, 6)), jnp.arange(8) % 3
+    net = models.MLP((4,), 3, in_features=6, rngs=nnx.Rngs(0))
+    for options, message in (
+        ({"optimizer": "adam"}, "optimizer must be one of optax, optax.adam"),
+        ({"teacher": x, "metric": "l2"}, r"an array: Outputs\(...\) of a teacher's for the same"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            fit(net, (x, y), batch_size=8, **options)
+    with pytest.raises(TypeError, match=r"a bank takes arrays: Bank\(outputs.features"):
+        kd2m_jax.Bank(net(x))
+    with pytest.raises(TypeError, match=r"names by np\.unique"):
+        fit(net, (x, np.array(["cat"] * 8)), batch_size=8)
+    with pytest.raises(ValueError, match="got 7: the network has 3 logits"):
+        fit(net, (x, y + 5), batch_size=8)

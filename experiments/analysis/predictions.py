@@ -29,6 +29,9 @@ def predictions(one: Trained, paths: Sequence[str]) -> Iterator[str]:
         for path in paths[start : start + 100]:
             try:
                 image = read(path, height)
+            except IsADirectoryError:
+                failed.append(f"  {path} (a folder: name the pictures in it)")
+                continue
             except Exception as error:  # Pillow's are of many kinds
                 failed.append(f"  {path} ({type(error).__name__}: {error})")
                 continue

@@ -69,6 +69,12 @@ class Trained:
 def run_folder(path: str) -> RunFolder:
     """Return a finished run's folder; UsageError where there is none."""
     folder = RunFolder(pathlib.Path(path))
+    if not folder.path.is_dir():
+        raise UsageError(f"there is no folder --run {path}")
+    if not folder.finished and (folder.path / "config.json").exists():
+        raise UsageError(
+            f"the run in --run {path} is not finished: its command with --resume continues it"
+        )
     if not folder.finished:
         raise UsageError(f"--run {path} is not the folder of a finished run")
     return folder

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, NoReturn, Self, TypeVar, get_type_hints
 
 import tyro
 
@@ -54,7 +54,9 @@ def main(
     _refuse_addresses(arguments)
     defaults, arguments = _with_config(defaults, arguments)
     _refuse_unknown(arguments, {"help", *_flags(type(defaults))})
-    settings = tyro.cli(
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"  # tyro looks at nothing else
+    settings = _read(
         type(defaults),
         args=arguments,
         default=defaults,
@@ -86,14 +88,26 @@ def main(
         _fail(f"stopped; {settings.after_stop}")
         sys.exit(130)
     except BrokenPipeError:  # the reader, say head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _quiet_end()
     except OSError as error:
         if error.errno is None:
             raise
         where = f": {error.filename}" if error.filename else ""
         _fail(f"{error.strerror}{where}; once that is mended {settings.after_stop}")
         sys.exit(1)
+
+
+def _read(*given: Any, **options: Any) -> Any:
+    """Read the command line; help into a closed pipe, say of head, is quiet."""
+    try:
+        return tyro.cli(*given, **options)
+    except BrokenPipeError:
+        _quiet_end()
+
+
+def _quiet_end() -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def _with_config(defaults: FlagsT, arguments: list[str]) -> tuple[FlagsT, list[str]]:

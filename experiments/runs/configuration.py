@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -163,7 +164,7 @@ def configuration(settings: Settings, dataset: Dataset) -> RunConfig:
         protocol=t.protocol,
         optimizer=protocol.summary,
         epochs=t.epochs or protocol.epochs,
-        batch_size=t.batch_size or min(protocol.batch_size, len(dataset.train[0])),
+        batch_size=t.batch_size or _batch_size(protocol.batch_size, dataset),
         per_class=t.per_class,
         precision=t.precision,
         seed=t.seed,
@@ -172,6 +173,17 @@ def configuration(settings: Settings, dataset: Dataset) -> RunConfig:
         images=dataset.origin,
         options=t.options or None,
     )
+
+
+def _batch_size(usual: int, dataset: Dataset) -> int:
+    """Return a protocol's batch size; of few images of one's own a smaller power of two.
+
+    So that an epoch has eight steps, of 16 images at least where there are as many.
+    """
+    count = len(dataset.train[0])
+    if dataset.origin is None or count == 0:
+        return usual
+    return min(usual, 2 ** int(math.log2(max(count // 8, min(count, 16)))))
 
 
 def run_path(settings: Settings, dataset: Dataset) -> pathlib.Path:

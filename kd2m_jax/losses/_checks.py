@@ -285,6 +285,8 @@ def integer_labels(labels: ArrayLike) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         # astype(int) would make classes of fractions, so it is no advice for them.
         hint = _as_numbers(labels.shape) or ": class numbers are whole, make them so by astype(int)"
+        if labels.dtype.kind in "USO":
+            hint = ": numbers of names by np.unique(labels, return_inverse=True)[1]"
         if isinstance(labels, np.ndarray) and labels.dtype.kind == "f" and np.any(labels % 1 != 0):
             hint = ": distributions over classes are [n, k]" + _as_numbers(labels.shape)
         raise TypeError(f"labels must be integers, got {labels.dtype}{hint}")

@@ -137,7 +137,8 @@ def check_classes(what: str, labels: Any, classes: int | None) -> None:
     if least < -1 or (classes is not None and largest >= classes):
         wrong = least if least < -1 else largest
         top = "on" if classes is None else f"to {classes - 1}"
-        raise ValueError(f"{what}: labels must be class numbers from 0 {top}, got {wrong}")
+        hint = "" if classes is None else f": the network has {classes} logits"
+        raise ValueError(f"{what}: labels must be class numbers from 0 {top}, got {wrong}{hint}")
 
 
 def check_memory(what: str, x: Any, device: Any) -> None:

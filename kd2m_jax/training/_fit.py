@@ -202,7 +202,8 @@ def fit(
         and may have the teacher's outputs under ``teacher``, as may a tuple in third place.
         Whatever NumPy reads is an array: torch's tensors, lists of numbers. An iterable is read
         ahead by another thread, up to three batches, and may use its buffers again; a grain
-        MapDataset is shuffled anew each epoch. One that never ends is one endless epoch: give
+        MapDataset is shuffled anew each epoch, and one with a ``set_epoch(epoch)`` is told which
+        comes. One that never ends is one endless epoch: give
         ``max_steps``. Without a ``len`` the default learning rate is constant, unless
         ``max_steps`` says where it ends.
       teacher: the frozen network; or its `Outputs` for the training arrays, row by row, computed
@@ -268,9 +269,10 @@ def fit(
       log_every: steps from one record to the next.
       checkpoint_dir: where to keep the last and the best checkpoint. A run that finds one there
         continues from it, in the middle of an epoch if need be, to the same result to the bit
-        (CPU, same devices). Of an iterable it draws and discards the batches already used, so
-        that holds for one that gives the same batches again. A run with another metric, option,
-        weight, coef, teacher, optimizer, seed or other arrays is refused; ``eval_data``,
+        (CPU, same devices). Of an iterable it draws and discards the epoch's batches that are
+        used already, and no earlier epoch's: that holds for one whose batches do not depend on how
+        often it was iterated before (``set_epoch`` tells it the epoch). A run with another metric,
+        option, weight, coef, teacher, optimizer, seed or other arrays is refused; ``eval_data``,
         ``preprocess`` and an iterable's batches are not compared. More ``epochs`` or
         ``max_steps`` continue it, with a line that says that the default learning rate follows
         their number; an optimizer of your own is the same only with the same schedule.

@@ -38,7 +38,7 @@ from kd2m_jax.training._records import Record, Records
 from kd2m_jax.training._scores import Score, named
 from kd2m_jax.training._source import Source
 from kd2m_jax.training._step import init_state, owned
-from kd2m_jax.training._students import Students, Teacher, check_labels
+from kd2m_jax.training._students import Students, Teacher, check_labels, check_rows_meet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +175,8 @@ def make_plan(
     if not batches.has_labels:
         students = students.without_labels()
     total = _total_steps(batches, epochs, max_steps)
+    if optimizer is not None and not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"optimizer must be one of optax, optax.adam(1e-3), got {optimizer!r}")
     chosen = optimizer or _default_optimizer(total)
     bodies = _bodies(
         networks,
@@ -203,6 +205,9 @@ def make_plan(
     if has_teacher and rule is None:
         rule = source.default_rule(batches.sample.teacher)
     check_labels(students.metrics, source.gone, rule, classes, has_transfer=given is not None)
+    if task_loss is not None:
+        for out in outputs:
+            check_rows_meet(task_loss, out, batches.sample.labels)
     compared = Compared(
         metrics=students.metrics,
         coefs=students.coefs,

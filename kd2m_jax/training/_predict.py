@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd2m_jax._outputs import Outputs
-from kd2m_jax.adapters import Apply, Model, as_network
+from kd2m_jax.adapters import Apply, Model, Network, as_network, logits_of
 from kd2m_jax.losses._metrics import as_outputs
 from kd2m_jax.training._examples import as_arrays, check_rows
 from kd2m_jax.training._programs import shared
@@ -43,11 +43,15 @@ def outputs(model: Model, x: Any, *, variables: Any = None, batch_size: int = 50
       >>> outputs(net, jnp.ones((10, 4)), batch_size=4).features.shape
       (10, 8)
     """
+    return _outputs(as_network(model), model, x, variables, batch_size)
+
+
+def _outputs(network: Network, model: Model, x: Any, variables: Any, batch_size: int) -> Outputs:
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size}")
     x = as_arrays("x", x)
     total = check_rows("x", x)
-    size, network = min(batch_size, total), as_network(model)
+    size = min(batch_size, total)
     variables = variables_of(model, variables)
     program, parts = shared(_program, network.apply), []
     for start in range(0, total, size):
@@ -62,7 +66,8 @@ def predict(model: Model, x: Any, *, variables: Any = None, batch_size: int = 50
     """Compute a model's logits for arrays of any size, in evaluation mode.
 
     Args:
-      model: what `fit` takes as a student: an NNX module, a Linen module or a `Network`.
+      model: what `fit` takes as a student: an NNX module, a Linen module or a `Network`; or a
+        module that returns its logits alone.
       x: inputs ``[n, ...]``, an array or a pytree of arrays with one row per example.
       variables: what `FitResult.student` or `restore` gave where that is no module.
       batch_size: rows at a time.
@@ -82,7 +87,7 @@ def predict(model: Model, x: Any, *, variables: Any = None, batch_size: int = 50
       >>> predict(net, jnp.ones((10, 4))).shape
       (10, 3)
     """
-    logits = outputs(model, x, variables=variables, batch_size=batch_size).logits
+    logits = _outputs(logits_of(model), model, x, variables, batch_size).logits
     if logits is None:
         raise ValueError("the model returns no logits")
     return np.asarray(logits)

@@ -50,6 +50,7 @@ def first_batch(what: str, data: Any, *, any_labels: bool = False) -> tuple[Batc
         raise ValueError(
             f"{what} must be (x, labels) or an iterable of such batches, got one array"
         )
+    _tell_epoch(data, 0)
     try:
         again = _grain(data[:1]) if is_map_dataset(data) else iter(data)
     except TypeError:
@@ -106,6 +107,7 @@ def _batch(what: str, number: int) -> str:
 def _drawn(what: str, data: Any, epoch: int, skip: int, first) -> Iterator[Any]:
     """Iterate over what is left of an epoch."""
     if not is_map_dataset(data):
+        _tell_epoch(data, epoch)
         batches = iter(data)
         if first is not None and first() is batches:
             raise ValueError(f"{what} {_ONCE}")
@@ -115,6 +117,11 @@ def _drawn(what: str, data: Any, epoch: int, skip: int, first) -> Iterator[Any]:
     if batches is None:
         return _grain(data[skip:])
     return _grain(data.repeat()[epoch * batches + skip : (epoch + 1) * batches])
+
+
+def _tell_epoch(data: Any, epoch: int) -> None:
+    """Call ``set_epoch`` where there is one: so samplers of torch and data sets shuffle anew."""
+    getattr(data, "set_epoch", lambda epoch: None)(epoch)
 
 
 def is_map_dataset(data: Any) -> bool:

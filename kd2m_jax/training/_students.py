@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import inspect
 import logging
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import jax
 import numpy as np
 
 from kd2m_jax._outputs import Outputs
@@ -14,7 +15,7 @@ from kd2m_jax.losses import METRICS, ClassStatistics, Metric, MetricSum
 from kd2m_jax.losses._resolve import AnyMetric as AnyMetric
 from kd2m_jax.losses._resolve import resolve
 from kd2m_jax.teachers import Bank, EmaTeacher
-from kd2m_jax.training._body import Coef
+from kd2m_jax.training._body import Coef, TaskLoss
 from kd2m_jax.training._labels import needs_labels
 
 # Whom a student is compared with.
@@ -144,3 +145,19 @@ def check_labels(
             )
     if isinstance(teacher, ClassStatistics) and not (teacher.shares[:classes] > 0).any():
         raise ValueError(f"the statistics are of no class from 0 to {classes - 1}")
+
+
+def check_rows_meet(task_loss: TaskLoss, out: Any, labels: Any) -> None:
+    """Raise ValueError where logits [n, 1] and labels [n] would make [n, n] of each other."""
+    if labels.ndim != 1 or out.logits is None or out.logits.shape[1:] != (1,):
+        return
+    with jax.numpy_rank_promotion("raise"):
+        try:
+            jax.eval_shape(task_loss, out, labels)
+        except ValueError as error:
+            if "rank_promotion" in str(error):
+                raise ValueError(
+                    "task_loss sets logits [n, 1] against labels [n], which gives [n, n]: take "
+                    "out.logits[:, 0], or labels[:, None] as data"
+                ) from error
+            raise

@@ -60,8 +60,9 @@ def where(tmp_path_factory):
 def test_the_run_folder_has_the_classes_and_learns(where):
     folder = RunFolder(where / "runs" / "images-cw2-0")
     assert tuple(folder.config.images["classes"]) == photos.CLASSES
-    tests = [r["test_accuracy"] for r in folder.records if r.get("phase") == "distilled"][-1:]
-    assert tests and tests[0] > 0.6  # a third by chance
+    of_student = [r for r in folder.records if r["phase"] == "distilled"]
+    tests = [r["test_accuracy"] for r in of_student if "test_accuracy" in r]
+    assert tests[-1] > 0.6  # a third by chance
 
 
 @pytest.mark.slow
@@ -77,7 +78,7 @@ def test_evaluate(where):
     assert own["parameters"] < found["networks"]["teacher"]["parameters"]
     assert own["MFLOPs per image"] > 0 and own["ms per image"] > 0
     assert (where / "runs" / "images-cw2-0" / "confusion.png").stat().st_size > 5000
-    for name in ("top-5", "calibration error", "agreement", "parameters", *photos.CLASSES):
+    for name in ("calibration error", "agreement", "parameters", *photos.CLASSES):
         assert any(line.startswith(name) for line in lines), name
     other = run(where, "evaluate --run=runs/images-cw2-0 --test=photos/test")
     assert top1 in other
@@ -139,7 +140,7 @@ def test_few_labels_and_resume(where):
 def test_mistakes_are_one_line(where):
     for flags, message in (
         ("images --train=photos", "--train=photos/train --test=photos/test"),
-        ("predict --run=runs/none a.png", "is not the folder of a finished run"),
+        ("predict --run=runs/none a.png", "there is no folder --run runs/none"),
     ):
         errors = run(where, flags, status=2)
         assert message in errors and "Traceback" not in errors

@@ -332,6 +332,39 @@ def test_a_map_dataset_of_grain_is_shuffled_anew_each_epoch(tmp_path):
     assert len({tuple(batch) for batch in order}) == 12 - 7 + 1
 
 
+class Shuffled:
+    """A class as docs/what_you_have.md has it: an order of its own in each epoch."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = np.random.default_rng(self.epoch).permutation(N)
+        for rows in np.split(order, range(SIZE, N, SIZE)):
+            yield {"image": X[rows], "label": Y[rows]}
+
+    def __len__(self):
+        return N // SIZE
+
+
+@pytest.mark.slow
+def test_an_iterable_is_told_its_epoch_and_resumed_to_the_bit(tmp_path):
+    whole = run(Shuffled(), epochs=4).state.params
+    by_hand = [batch for epoch in range(4) for batch in _of_epoch(epoch)]
+    chex.assert_trees_all_equal(whole, run(by_hand, epochs=1).state.params)
+    run(Shuffled(), epochs=4, max_steps=9, checkpoint_dir=tmp_path)
+    again = run(Shuffled(), epochs=4, checkpoint_dir=tmp_path).state.params
+    chex.assert_trees_all_equal(again, whole)
+
+
+def _of_epoch(epoch):
+    data = Shuffled()
+    data.set_epoch(epoch)
+    return list(data)
+
+
 @pytest.mark.slow
 def test_a_map_dataset_that_never_ends():
     data = grain_batches([]).repeat()

@@ -210,6 +210,23 @@ def test_labels_of_several_columns_count_as_rows():
 
 
 @pytest.mark.slow
+def test_one_target_per_row_against_logits_of_one_column():
+    """[n, 1] - [n] is [n, n], whose mean over an axis is [n] again: it would learn the mean."""
+    one = mlp(1, 1)
+    with pytest.raises(ValueError, match=r"task_loss sets logits \[n, 1\] against labels \[n\]"):
+        fit(one, (X, X[:, 0]), task_loss=squared, batch_size=16)
+    good = [
+        ((X, X[:, :1]), squared),
+        ((X, X[:, 0]), lambda out, labels: (out.logits[:, 0] - labels) ** 2),
+    ]
+    ended = [
+        fit(one, data, task_loss=task, batch_size=16, epochs=2, eval_data=data).history[-1]
+        for data, task in good
+    ]
+    assert ended[0]["test_loss"] == pytest.approx(ended[1]["test_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_missing_labels_are_no_targets():
     for data in ({"image": X}, (X, None), [(X[:16], TARGETS[:16]), {"x": X[:16]}]):
         with pytest.raises(ValueError, match="has no labels, and task_loss takes some"):
