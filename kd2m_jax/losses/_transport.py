@@ -89,8 +89,9 @@ def w2(
     "sinkhorn"  any      0% to 1% above, with         of the entropic cost, 20% to 60% away
                          epsilon = 0.01               from the exact one on clustered clouds
     "ipot"      any      within 0.1%                  of a plan that is so near
-    "auto"      any      as "exact" on a CPU where n = m, else as "sinkhorn"
     ==========  =======  ===========================  ========================================
+
+    "auto" is "exact" on a CPU where n = m, else "sinkhorn".
 
     "exact" pairs samples by shortest augmenting paths, which is sequential: for CPUs, where it is
     the faster one (measured up to n = 2,048), and not for GPUs. "auto" is decided
