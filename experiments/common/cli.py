@@ -9,8 +9,18 @@ import os
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NoReturn, Self, TypeVar, get_type_hints
+from collections.abc import Callable, Iterable, Iterator
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 
@@ -53,7 +63,7 @@ def main(
         return
     _refuse_addresses(arguments)
     defaults, arguments = _with_config(defaults, arguments)
-    _refuse_unknown(arguments, {"help", *_flags(type(defaults))})
+    _refuse_unknown(arguments, dict(_flags(type(defaults))))
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"  # tyro looks at nothing else
     settings = _read(
@@ -126,25 +136,40 @@ def _with_config(defaults: FlagsT, arguments: list[str]) -> tuple[FlagsT, list[s
     return defaults, arguments
 
 
-def _flags(kind: Any) -> Iterator[str]:
-    """Give the names of the flags that a dataclass of dataclasses makes."""
+def _flags(kind: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Give the flags that a dataclass of dataclasses makes: their names, and choices if any."""
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _flags(hints[field.name])
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _flags(hint)
         else:
-            yield field.name.replace("_", "-")
+            yield (
+                field.name.replace("_", "-"),
+                get_args(hint) if get_origin(hint) is Literal else (),
+            )
 
 
-def _refuse_unknown(arguments: list[str], known: set[str]) -> None:
-    """End with one line, which names the nearest, for a flag that there is not."""
-    for argument in arguments:
-        name = argument.partition("=")[0].removeprefix("--").replace("_", "-")
-        if argument.startswith("--") and name and name not in known:
-            near = difflib.get_close_matches(name, known, 2)
-            hint = " or ".join(f"--{one}" for one in near)
-            _fail(f"there is no flag --{name}" + (f": did you mean {hint}?" if hint else ""))
+def _refuse_unknown(arguments: list[str], flags: dict[str, tuple[Any, ...]]) -> None:
+    """End with one line, which names the nearest, for a flag or a choice that there is not."""
+    for argument, after in itertools.zip_longest(arguments, arguments[1:]):
+        name, equals, value = argument.partition("=")
+        name = name.removeprefix("--").replace("_", "-")
+        if not argument.startswith("--") or not name or name == "help":
+            continue
+        value, choices = value if equals else after, flags.get(name, ())
+        if name not in flags:
+            _fail(f"there is no flag --{name}{_nearest(name, flags, '--')}")
             sys.exit(2)
+        if choices and value is not None and value not in map(str, choices):
+            hint = _nearest(value, choices) or f": one of {', '.join(map(str, choices))}"
+            _fail(f"--{name} cannot be {value!r}{hint}")
+            sys.exit(2)
+
+
+def _nearest(word: str, known: Iterable[Any], before: str = "") -> str:
+    near = difflib.get_close_matches(word, [str(one) for one in known], 2)
+    return f": did you mean {' or '.join(before + one for one in near)}?" if near else ""
 
 
 def _quiet_threads() -> None:

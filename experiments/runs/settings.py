@@ -37,7 +37,7 @@ class Networks:
     """Who teaches whom."""
 
     teacher: str = "resnet34"
-    """resnet8/20/56/8x4/32x4/18/34/50, mlp-64-32."""
+    """resnet8/20/56/8x4/32x4/18/34/50/101, wrn-40-2, vgg8/13, mobilenetv2, vit-tiny, mlp-64-32."""
     student: str = "resnet18"
     """One of the same names."""
     stem: Literal["cifar", "imagenet"] = "cifar"

@@ -19,10 +19,25 @@ def check_array(network: str, x: Any) -> None:
         raise TypeError(f"{network} takes one array, got a {type(x).__name__}")
 
 
+def check_images(network: str, x: Any, channels: int) -> None:
+    """Raise TypeError for a pytree, ValueError for anything but images of so many channels."""
+    check_array(network, x)
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise ValueError(f"expected images [n, h, w, {channels}], got {x.shape}")
+
+
 def conv(
-    in_width: int, width: int, kernel: int, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
+    in_width: int,
+    width: int,
+    kernel: int,
+    stride: int,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    *,
+    groups: int = 1,
+    bias: bool = False,
 ) -> nnx.Conv:
-    """Make a square convolution without bias that halves an image as torch's does."""
+    """Make a square convolution that halves an image as torch's does."""
     # Explicit padding: under stride 2, "SAME" pads an even image on one side only, torch on both.
     return nnx.Conv(
         in_width,
@@ -30,7 +45,8 @@ def conv(
         (kernel, kernel),
         strides=stride,
         padding=((kernel // 2, kernel // 2), (kernel // 2, kernel // 2)),
-        use_bias=False,
+        use_bias=bias,
+        feature_group_count=groups,
         kernel_init=_he_normal_over_outputs,
         dtype=dtype,
         rngs=rngs,

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from kd2m_jax.models import _mlp, _resnet
+from kd2m_jax.models import _mlp, _mobilenet, _resnet, _vgg, _vit, _wide_resnet
 
 
 def _build_resnet(
-    make: Callable[..., _resnet.ResNet],
+    make: Callable[..., nnx.Module],
     num_classes: int,
     *,
     image_shape: Sequence[int],
     rngs: nnx.Rngs,
     stem: str = "cifar",
     dtype: DTypeLike = jnp.float32,
-) -> _resnet.ResNet:
+) -> nnx.Module:
     return make(num_classes, in_channels=image_shape[-1], stem=stem, dtype=dtype, rngs=rngs)
 
 
@@ -38,16 +38,49 @@ def _build_mlp(
     return make(num_classes, in_features=math.prod(image_shape), dtype=dtype, rngs=rngs)
 
 
+def _build_small(
+    make: Callable[..., nnx.Module],
+    num_classes: int,
+    *,
+    image_shape: Sequence[int],
+    rngs: nnx.Rngs,
+    stem: str = "cifar",
+    dtype: DTypeLike = jnp.float32,
+) -> nnx.Module:
+    del stem  # these are for small images alone
+    return make(num_classes=num_classes, in_channels=image_shape[-1], dtype=dtype, rngs=rngs)
+
+
+def _build_vit(
+    num_classes: int,
+    *,
+    image_shape: Sequence[int],
+    rngs: nnx.Rngs,
+    stem: str = "cifar",
+    dtype: DTypeLike = jnp.float32,
+) -> _vit.ViT:
+    patch = {"cifar": 4, "imagenet": 16}.get(stem)
+    if patch is None:
+        raise ValueError(f'stem must be "cifar" or "imagenet", got {stem!r}')
+    shape = (image_shape[0], image_shape[1], image_shape[2])
+    return _vit.ViT(num_classes, image_shape=shape, patch=patch, dtype=dtype, rngs=rngs)
+
+
 # Name -> constructor ``(num_classes, *, image_shape, rngs, stem="cifar", dtype=jnp.float32)``.
 MODELS: dict[str, Callable[..., nnx.Module]] = {
     "resnet18": partial(_build_resnet, _resnet.resnet18),
     "resnet34": partial(_build_resnet, _resnet.resnet34),
     "resnet50": partial(_build_resnet, _resnet.resnet50),
+    "resnet101": partial(_build_resnet, _resnet.resnet101),
     "resnet8": partial(_build_resnet, _resnet.resnet8),
     "resnet20": partial(_build_resnet, _resnet.resnet20),
     "resnet56": partial(_build_resnet, _resnet.resnet56),
     "resnet8x4": partial(_build_resnet, _resnet.resnet8x4),
     "resnet32x4": partial(_build_resnet, _resnet.resnet32x4),
+    "vgg8": partial(_build_small, partial(_vgg.VGG, (1, 1, 1, 1, 1))),
+    "vgg13": partial(_build_small, partial(_vgg.VGG, (2, 2, 2, 2, 2))),
+    "mobilenetv2": partial(_build_resnet, _mobilenet.MobileNetV2),
+    "vit-tiny": _build_vit,
     "mlp-teacher": partial(_build_mlp, _mlp.mlp_teacher),
     "mlp-student": partial(_build_mlp, _mlp.mlp_student),
 }
@@ -66,11 +99,13 @@ def build(
 
     Args:
       name: a name of ``MODELS``, or ``mlp-<width>-<width>...`` for a :class:`MLP` with these
-        hidden layers, e.g. ``mlp-64-32``.
+        hidden layers, e.g. ``mlp-64-32``, or ``wrn-<depth>-<widen>`` for a :class:`WideResNet`,
+        e.g. ``wrn-40-2``.
       num_classes: number k of logits.
       image_shape: ``(height, width, channels)`` of one image.
       rngs: keys for the initial parameters.
-      stem: "cifar" or "imagenet", see :class:`ResNet`; it means nothing to an MLP.
+      stem: "cifar" or "imagenet", see :class:`ResNet`; of ``vit-tiny`` patches of 4 or 16 pixels.
+        It means nothing to an MLP, a VGG and a wide ResNet.
       dtype: what the layers compute in.
 
     Returns:
@@ -90,6 +125,9 @@ def build(
     if re.fullmatch(r"mlp(-\d+)+", name):
         widths = [int(width) for width in name.split("-")[1:]]
         make = partial(_build_mlp, partial(_mlp.MLP, widths))
+    elif re.fullmatch(r"wrn-\d+-\d+", name):
+        depth, widen = map(int, name.split("-")[1:])
+        make = partial(_build_small, partial(_wide_resnet.WideResNet, depth, widen))
     elif name in MODELS:
         make = MODELS[name]
     else:
@@ -97,6 +135,6 @@ def build(
         hint = f"nearest: {', '.join(nearest)}; " if nearest else ""
         raise ValueError(
             f"unknown network {name!r}; {hint}"
-            f"there are {', '.join(MODELS)} and mlp-<width>-<width>..."
+            f"there are {', '.join(MODELS)}, wrn-<depth>-<widen> and mlp-<width>-<width>..."
         )
     return make(num_classes, image_shape=image_shape, stem=stem, dtype=dtype, rngs=rngs)

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from kd2m_jax._compat import layer_list
 from kd2m_jax._outputs import Outputs
-from kd2m_jax.models._layers import check_array, conv, head, norm, shortcut
+from kd2m_jax.models._layers import check_images, conv, head, norm, shortcut
 
 
 class BasicBlock(nnx.Module):
@@ -171,9 +171,7 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array) -> Outputs:
         """Map ``[n, h, w, in_channels]`` images to ``Outputs``, with one map per stage."""
-        check_array("ResNet", x)
-        if x.ndim != 4 or x.shape[-1] != self.in_channels:
-            raise ValueError(f"expected images [n, h, w, {self.in_channels}], got {x.shape}")
+        check_images("ResNet", x, self.in_channels)
         x = nnx.relu(self.bn1(self.conv1(x))).astype(self.dtype)
         if self.stem == "imagenet":
             padding = ((1, 1), (1, 1))
@@ -246,6 +244,27 @@ def resnet50(
       A network with features ``[n, 2048]``.
     """
     depths, widths = (3, 4, 6, 3), (64, 64, 128, 256, 512)
+    options = {"in_channels": in_channels, "stem": stem, "dtype": dtype, "rngs": rngs}
+    return ResNet(Bottleneck, depths, widths, num_classes, **options)
+
+
+def resnet101(
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    stem: str = "cifar",
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> ResNet:
+    """Build a ResNet-101, ``ResNet(Bottleneck, (3, 4, 23, 3), (64, 64, 128, 256, 512), ...)``.
+
+    `ResNet` says what ``num_classes``, ``in_channels``, ``stem``, ``dtype`` and ``rngs`` are, and
+    what raises.
+
+    Returns:
+      A network with features ``[n, 2048]``.
+    """
+    depths, widths = (3, 4, 23, 3), (64, 64, 128, 256, 512)
     options = {"in_channels": in_channels, "stem": stem, "dtype": dtype, "rngs": rngs}
     return ResNet(Bottleneck, depths, widths, num_classes, **options)
 

@@ -240,7 +240,7 @@ def test_pretrained_weights_are_where_both_networks_begin(save, monkeypatch, tmp
         (["--metric=wkd-f"], "wkd-f compares convolutional maps"),
         (["--coef=much"], "--coef must be numbers >= 0, got 'much'"),
         (["--per-class=3"], "--per-class 3 does not divide --batch-size 128"),
-        (["--protocol=kdm"], "unknown protocol 'kdm': did you mean kd2m"),
+        (["--protocol=kdm"], "--protocol cannot be 'kdm': did you mean kd2m?"),
         (["--coef=-1"], "--coef must be a number >= 0, got -1.0"),
         (["--coef=nan"], "--coef must be a number >= 0, got nan"),
         (["--task-coef=inf"], "--task-coef must be a number >= 0, got inf"),

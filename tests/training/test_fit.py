@@ -153,7 +153,7 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
 
 def test_resuming_with_another_network_says_so(tmp_path):
     run(checkpoint_dir=tmp_path, epochs=1)
-    with pytest.raises(ValueError, match="is of another network or optimizer"):
+    with pytest.raises(ValueError, match="is of another network, optimizer or average"):
         fit(mlp(1, width=9), data(), batch_size=16, epochs=2, checkpoint_dir=tmp_path)
 
 

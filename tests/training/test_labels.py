@@ -184,7 +184,7 @@ def test_training_accuracy_is_that_of_the_rows_with_a_label():
     ("options", "message"),
     [
         ({"per_class": 4}, "per_class needs a class number for every example"),
-        ({"eval_data": (X, np.full(N, -1))}, "eval_data needs class numbers"),
+        ({"eval_data": (X, np.full(N, -1))}, "eval_data has no label"),
         ({"eval_data": (X, np.eye(K)[Y])}, "eval_data needs class numbers"),
     ],
 )

@@ -18,7 +18,7 @@ from kd2m_jax import (
 )
 from kd2m_jax.internal import step_body
 from kd2m_jax.training._body import Batch
-from kd2m_jax.training._evaluation import evaluators
+from kd2m_jax.training._evaluation import Task, evaluators
 from kd2m_jax.training._preprocess import Prepare
 
 N, D = 96, 10
@@ -83,17 +83,10 @@ def test_students_of_one_structure_share_the_program_and_the_data_of_evaluation(
     students = [mlp(1), mlp(2), mlp(1), mlp(1, 16)]
     networks = [from_nnx(student) for student in students]
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
-    made = evaluators(networks, data(1), Prepare.of(None), mesh, classes=3)
-
-    def cells(function):
-        return {
-            name: cell.cell_contents
-            for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True)
-        }
-
-    programs = [cells(one)["eval_step"].program for one in made]
+    made = evaluators(networks, data(1), Prepare.of(None), mesh, Task(classes=3))
+    programs = [one.args[0].program for one in made]
     assert programs[0] is programs[1] is programs[2] is not programs[3]
-    assert cells(made[0])["batches"] is cells(made[3])["batches"]
+    assert made[0].args[1] is made[3].args[1]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_outputs_of_maps_and_of_inputs_that_are_a_tree():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
         ({"x": np.zeros((0, D))}, "x has no examples"),
         ({"model": Tiny()}, "the trained variables are needed"),
     ],

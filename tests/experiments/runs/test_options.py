@@ -22,7 +22,7 @@ from experiments.runs.protocols import PROTOCOLS
 from experiments.runs.settings import check, from_config
 from kd2m_jax import EarlyStopping, WeightAverage
 
-SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--metric=cw2", "--epochs=6"]
+SMALL = ["--teacher=mlp-32-16", "--student=mlp-8-16", "--metric=cw2", "--epochs=4"]
 
 
 def given(**training):
@@ -70,6 +70,7 @@ def test_the_optimizer_is_the_protocols_with_what_is_given(flags, expected):
     np.testing.assert_array_equal(updates(found), updates(expected))
 
 
+@pytest.mark.slow
 def test_a_run_without_options_is_the_one_it_always_was(data):
     config = configuration(digits.DEFAULTS, data)
     assert config.options is None and "options" not in config.to_json()
@@ -83,6 +84,7 @@ def test_a_run_without_options_is_the_one_it_always_was(data):
     assert isinstance(found[1], EarlyStopping) and found[1].patience == 3
 
 
+@pytest.mark.slow
 def test_labels_are_smoothed_and_mixed(data):
     x, labels = (jnp.asarray(a[:32]) for a in data.train)
     keys = jax.random.split(jax.random.key(0), 32)
