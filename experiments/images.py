@@ -26,7 +26,8 @@ def run(settings: ImagesSettings) -> None:
 
     check(settings)
     folders = Folders(
-        train=settings.train or "",
+        train=settings.train,
+        dataset=settings.dataset,
         test=settings.test,
         size=settings.size,
         val_fraction=settings.val_fraction,

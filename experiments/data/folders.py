@@ -19,22 +19,24 @@ class Folders:
     """Which pictures, and what becomes of them.
 
     Attributes:
-      train: the folder with a folder per class.
+      train: the folder with a folder per class; None where ``dataset`` is given.
       test: likewise; None: a part of ``train``.
       size: height and width that they are brought to.
       val_fraction: the part of each class that is tested on, where there is no ``test``.
       labels_per_class: how many keep their label; the rest become the transfer set. None: all.
       skip_unreadable: leave out what cannot be read.
       seed: decides which part is tested on and which labels are kept.
+      dataset: "hf:NAME", a data set of Hugging Face instead of folders.
     """
 
-    train: str
+    train: str | None = None
     test: str | None = None
     size: int = 64
     val_fraction: float = 0.2
     labels_per_class: int | None = None
     skip_unreadable: bool = False
     seed: int = 0
+    dataset: str | None = None
 
 
 def load_folders(folders: Folders, *, progress: bool = True) -> Dataset:
@@ -45,13 +47,7 @@ def load_folders(folders: Folders, *, progress: bool = True) -> Dataset:
         pictures.
       DataError: pictures that cannot be read.
     """
-    classes, paths, labels = listed("--train", folders.train)
-    test_paths, test_labels = [], []
-    if folders.test is not None:
-        _, test_paths, test_labels = listed("--test", folders.test, classes)
-    pictures = Pictures([*paths, *test_paths], folders.size)
-    labels = np.array([*labels, *test_labels], np.int32)
-    is_test = np.arange(len(labels)) >= len(paths)
+    classes, pictures, labels, is_test = _found(folders)
     keep = np.prod(pictures.shape) <= memory_for_pictures()
     if not keep and folders.labels_per_class is not None:
         raise UsageError(
@@ -61,7 +57,7 @@ def load_folders(folders: Folders, *, progress: bool = True) -> Dataset:
     seen = look(pictures, keep=bool(keep), title="Reading pictures", progress=progress)
     readable = _check_readable(pictures, seen, skip=folders.skip_unreadable)
     rng = np.random.default_rng(folders.seed)
-    if folders.test is None:
+    if not is_test.any():
         is_test = _part(rng, labels, readable, classes, folders.val_fraction)
     train, test = np.flatnonzero(readable & ~is_test), np.flatnonzero(readable & is_test)
     _check_classes(labels[train], classes)
@@ -85,6 +81,21 @@ def load_folders(folders: Folders, *, progress: bool = True) -> Dataset:
         digest=_digest(seen, labels, [labelled, test, [] if transfer is None else transfer]),
         origin=dataclasses.asdict(folders) | {"classes": list(classes), "mean": mean, "std": std},
     )
+
+
+def _found(folders: Folders) -> tuple[tuple[str, ...], Pictures, np.ndarray, np.ndarray]:
+    """Return the classes, all pictures unread, their labels, and which are there to test on."""
+    if folders.dataset is not None:
+        from .hub import hub_pictures
+
+        return hub_pictures(folders.dataset.removeprefix("hf:"), folders.size)
+    classes, paths, labels = listed("--train", folders.train or "")
+    test_paths, test_labels = [], []
+    if folders.test is not None:
+        _, test_paths, test_labels = listed("--test", folders.test, classes)
+    labels = np.array([*labels, *test_labels], np.int32)
+    pictures = Pictures([*paths, *test_paths], folders.size)
+    return classes, pictures, labels, np.arange(len(labels)) >= len(paths)
 
 
 def listed(

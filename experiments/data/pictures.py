@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,17 +16,20 @@ _AT_ONCE = 512  # pictures that the threads are given at a time
 
 
 class Pictures:
-    """Picture files as an array ``[n, size, size, 3]`` uint8 that is read where it is indexed.
+    """Pictures as an array ``[n, size, size, 3]`` uint8 that is read where it is indexed.
 
     Args:
-      paths: the files.
+      paths: the files, or other names of pictures.
       size: height and width: the shorter side is scaled to it, the middle is cut out.
+      reads: ``(path, size) -> [size, size, 3]``; by default it reads files.
     """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, paths: Sequence[str], size: int):
-        self.paths, self.size = np.asarray(paths, object), size
+    def __init__(
+        self, paths: Sequence[str], size: int, reads: Callable[[str, int], np.ndarray] | None = None
+    ):
+        self.paths, self.size, self.reads = np.asarray(paths, object), size, reads or read
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,14 +44,14 @@ class Pictures:
         """Read one picture, or those of a slice or of row numbers."""
         if isinstance(index, int | np.integer):
             try:
-                return read(self.paths[index], self.size)
+                return self.reads(self.paths[index], self.size)
             except Exception as error:  # it could be read when the run began
                 raise DataError(f"{self.paths[index]} cannot be read: {error}") from error
         return np.stack([self[i] for i in np.arange(len(self))[index]])
 
     def only(self, rows: Any) -> "Pictures":
         """Return some of them, unread."""
-        return Pictures(self.paths[rows].tolist(), self.size)
+        return Pictures(self.paths[rows].tolist(), self.size, self.reads)
 
 
 def read(path: Any, size: int) -> np.ndarray:
@@ -120,7 +123,7 @@ def look(pictures: Pictures, *, keep: bool, title: str, progress: bool) -> Seen:
 def _all(pool: ThreadPoolExecutor, pictures: Pictures) -> Iterator[Any]:
     def one(path):
         try:
-            return read(path, pictures.size)
+            return pictures.reads(path, pictures.size)
         except Exception as error:  # Pillow's are of many kinds
             return error
 

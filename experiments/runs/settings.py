@@ -37,7 +37,7 @@ class Networks:
     """Who teaches whom."""
 
     teacher: str = "resnet34"
-    """resnet8/20/56/8x4/32x4/18/34/50/101, wrn-40-2, vgg8/13, mobilenetv2, vit-tiny, mlp-64-32."""
+    """resnet8 to 101, wrn-40-2, vgg8, vit-tiny, mlp-64-32, ..."""
     student: str = "resnet18"
     """One of the same names."""
     stem: Literal["cifar", "imagenet"] = "cifar"
@@ -161,6 +161,8 @@ class ImagesSettings(Settings):
 
     train: Annotated[str | None, optional("DIR", "none, but needed")] = None
     """A folder of pictures per class in it."""
+    dataset: Annotated[str | None, optional("hf:NAME", "none")] = None
+    """Of Hugging Face, instead of --train."""
     test: Annotated[str | None, optional("DIR", "a part of --train")] = None
     """Likewise, to test on."""
     val_fraction: float = 0.2
@@ -178,17 +180,16 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 def from_config(settings: SettingsT, content: dict[str, Any]) -> SettingsT:
     """Return settings with what a run's config.json has; UsageError where it is of another main."""
-    own = getattr(settings, "dataset", None)
     images = content.get("images")
-    if (images is None) == isinstance(settings, ImagesSettings):
+    of_cifar = str(content["dataset"]).startswith("cifar")
+    other = isinstance(settings, CifarSettings) and not of_cifar
+    if other or (images is None) == isinstance(settings, ImagesSettings):
         raise UsageError("--config is of a run on other data than this command's")
     given = {k: v for k, v in content.items() if k not in ("images", "options", "optimizer")}
     given |= content.get("options") or {}
-    given["coef"] = ",".join(f"{c:g}" if isinstance(c, float) else str(c) for c in content["coef"])
+    given["coef"] = ",".join(repr(c) if isinstance(c, float) else str(c) for c in content["coef"])
     if images:
-        given |= {k: v for k, v in images.items() if k != "seed"}
-    if own is None:
-        given.pop("dataset", None)
+        given |= {"dataset": None} | {k: v for k, v in images.items() if k != "seed"}
 
     def taken(group: Any) -> Any:
         names = {f.name for f in dataclasses.fields(group)}
@@ -280,8 +281,12 @@ def _check_options(settings: Settings) -> None:
 
 
 def _check_images(images: ImagesSettings) -> None:
-    if images.train is None:
+    if images.train is None and images.dataset is None:
         raise UsageError("--train is needed: a folder with a folder of pictures per class")
+    if images.dataset is not None and (images.train or images.test):
+        raise UsageError("--dataset and --train or --test are two sources: give one")
+    if images.dataset is not None and not images.dataset.startswith("hf:"):
+        raise UsageError(f"--dataset must be hf:NAME, got {images.dataset}")
     if not 8 <= images.size <= 1024:
         raise UsageError(f"--size must be from 8 to 1024 pixels, got {images.size}")
     if not 0 < images.val_fraction < 1:

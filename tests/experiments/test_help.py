@@ -41,7 +41,9 @@ def test_the_list_has_every_main_on_one_line():
 TRAINS = ("digits", "mnist", "cifar", "svhn", "images")
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 50), (100, 40)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(80, 50), pytest.param(100, 40, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_help_fits_a_screen(name, width, height):
     lines = shown(f"experiments.{name}", "--help", width=width)

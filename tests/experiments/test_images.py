@@ -150,6 +150,8 @@ def test_mistakes_are_one_line(where):
     ("given", "message"),
     [
         ({}, "--train is needed"),
+        ({"train": "a", "dataset": "hf:b"}, "are two sources: give one"),
+        ({"dataset": "b"}, "--dataset must be hf:NAME, got b"),
         ({"train": "a", "size": 4}, "--size must be from 8 to 1024"),
         ({"train": "a", "val_fraction": 1}, "--val-fraction must be between 0 and 1"),
         ({"train": "a", "labels_per_class": 0}, "--labels-per-class must be at least 1"),

@@ -136,6 +136,7 @@ def test_a_callers_function_is_held_weakly_and_takes_its_program_along():
     assert count() == before and gone() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["closure", "default", "partial", "network", "schedule"])
 def test_a_program_that_holds_an_array_or_a_hidden_function_is_not_kept(where):
     mean = jnp.ones((1, D))

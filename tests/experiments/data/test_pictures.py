@@ -1,6 +1,7 @@
 """Pictures of all kinds become arrays of one form, and what is wrong with a folder is said."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import photos
@@ -180,3 +181,33 @@ def test_the_options_are_in_the_run_and_read_back(where):
     names = {field.name for field in dataclasses.fields(Folders)}
     again = quiet(Folders(**{k: v for k, v in dataset.origin.items() if k in names}))
     assert again.digest == dataset.digest
+
+
+def test_a_data_set_of_hugging_face(where, tmp_path, monkeypatch):
+    """Its loader of folders stands for one of the hub, which is not to be reached here."""
+    datasets = pytest.importorskip("datasets")
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name: load("imagefolder", data_dir=str(where), cache_dir=str(tmp_path)),
+    )
+    found = quiet(Folders(dataset="hf:some/photos", size=16))
+    same = quiet(given(where, test=str(where / "test")))
+    assert found.classes == same.classes
+    np.testing.assert_array_equal(found.test[0], same.test[0])
+    np.testing.assert_array_equal(np.bincount(found.train[1]), np.bincount(same.train[1]))
+    assert found.origin["dataset"] == "hf:some/photos"
+
+    def gone(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", gone)
+    with pytest.raises(DataError, match="hf:some/photos cannot be loaded: no network"):
+        quiet(Folders(dataset="hf:some/photos"))
+
+
+def test_hugging_face_without_its_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="needs it: pip install datasets"):
+        quiet(Folders(dataset="hf:some/photos"))

@@ -12,7 +12,7 @@ import optax
 import pytest
 from children import environment
 
-from experiments import digits, images, mnist
+from experiments import cifar, digits, images, mnist
 from experiments.common.errors import UsageError
 from experiments.data.augment import preprocess
 from experiments.data.load import load
@@ -142,6 +142,8 @@ def test_a_config_is_read_back(data):
     with pytest.raises(UsageError, match="of a run on other data"):
         from_config(images.DEFAULTS, written)
     assert from_config(mnist.DEFAULTS, written).networks.teacher == "resnet8"
+    with pytest.raises(UsageError, match="of a run on other data"):
+        from_config(cifar.DEFAULTS, written)
 
 
 def shell(*flags, status=0):
