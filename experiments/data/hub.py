@@ -18,7 +18,7 @@ def hub_pictures(name: str, size: int) -> tuple[tuple[str, ...], Pictures, np.nd
       DataError: a data set that cannot be loaded.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError("--dataset=hf:NAME needs it: pip install datasets") from error
     try:
