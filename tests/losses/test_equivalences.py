@@ -37,6 +37,7 @@ def test_solvers_meet_the_exact_cost(kind):
     np.testing.assert_allclose(value, exact, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_jw2_without_label_cost_is_w2():
     x, y, _ = draw("clustered", 40, 24)
     arrays = single(x, y, logits_of(x), logits_of(y))

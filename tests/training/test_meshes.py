@@ -66,7 +66,7 @@ slow = pytest.mark.slow
         by_fit,
         pytest.param(by_step(make_train_step), marks=slow),
         pytest.param(by_step(pmap_step), marks=slow),
-        by_step(shard_map_step),
+        pytest.param(by_step(shard_map_step), marks=slow),
     ],
     ids=["fit", "train", "pmap", "shard_map"],
 )

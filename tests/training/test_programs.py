@@ -120,6 +120,7 @@ def count():
     return len(_programs._programs)
 
 
+@pytest.mark.slow
 def test_a_callers_function_is_held_weakly_and_takes_its_program_along():
     for key in list(_programs._programs):  # where there is no room each takes another's place
         _programs._forget(key)
