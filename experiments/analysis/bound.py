@@ -13,6 +13,7 @@ from tqdm import tqdm
 from kd2m_jax import Outputs, fit, theory
 
 from ..common import figures, files, tables
+from ..data.pictures import for_fit
 from ..runs import report
 from ..runs.build import Matching
 from .finished import Finished, check_same_size, outputs
@@ -96,7 +97,8 @@ def over_training(run: Finished, phase: str, points: int) -> Iterator[tuple[floa
         for stop in tqdm(stops, desc=report.TITLES[phase], unit=" points"):
             options = plan.options
             options["max_steps"] = stop
-            result = fit(fresh, plan.dataset.train, checkpoint_dir=folder, **options, **matching)
+            data = for_fit(plan.dataset.train, plan.config.batch_size, plan.config.seed)
+            result = fit(fresh, data, checkpoint_dir=folder, **options, **matching)
             yield stop / plan.steps_per_epoch, result.student
 
 

@@ -16,6 +16,7 @@ from ..data.specs import Dataset, data_sha256, shortened
 from ..runs import restore
 from ..runs.build import Plan, build
 from ..runs.folder import ALONE, RunFolder
+from .examples import own
 
 
 class Finished(NamedTuple):
@@ -40,8 +41,8 @@ def finished(path: str | pathlib.Path, data_dir: str | None) -> Finished:
     config = folder.config
     if config.metric == ALONE:
         raise UsageError(f"--run {path} has no distilled student: its metric is none")
-    dataset = load(config.dataset, data_dir)
-    if config.train_examples is not None:
+    dataset = load(config.dataset, data_dir) if config.images is None else own(folder)
+    if config.images is None and config.train_examples is not None:
         dataset = shortened(dataset, config.train_examples)
     if data_sha256(dataset) != config.data_sha256:
         raise UsageError(

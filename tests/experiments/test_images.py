@@ -203,3 +203,9 @@ def test_a_large_folder_takes_little_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     count, above = done.stdout.split()
     assert int(count) == 36_000 and float(above) < 150, done.stdout
+
+
+@pytest.mark.slow
+def test_features_of_a_run_on_pictures(where):
+    shown = run(where, "features --run=runs/images-cw2-0 --examples=30")
+    assert "silhouette" in shown and "Figure: runs/images-cw2-0/features.png" in shown
