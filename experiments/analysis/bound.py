@@ -92,12 +92,12 @@ def over_training(run: Finished, phase: str, points: int) -> Iterator[tuple[floa
     stops = sorted({int(min(e * plan.steps_per_epoch, plan.steps)) for e in epochs})
     fresh = plan.distilled if phase == "distilled" else plan.student
     matching = plan.matching(run.trained["teacher"]) if phase == "distilled" else Matching()
+    data = for_fit(plan.dataset.train, plan.config.batch_size, plan.config.seed)
     yield 0.0, _evaluated(plan.student)
     with tempfile.TemporaryDirectory() as folder:
         for stop in tqdm(stops, desc=report.TITLES[phase], unit=" points"):
             options = plan.options
             options["max_steps"] = stop
-            data = for_fit(plan.dataset.train, plan.config.batch_size, plan.config.seed)
             result = fit(fresh, data, checkpoint_dir=folder, **options, **matching)
             yield stop / plan.steps_per_epoch, result.student
 

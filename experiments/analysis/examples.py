@@ -22,8 +22,7 @@ def examples(
         return dataset, dataset.test if images is None else own(folder).test
     if images is None:
         raise UsageError("--test takes pictures, and the run is of another kind of data")
-    classes, paths, labels = listed("--test", other, tuple(images["classes"]))
-    del classes
+    _, paths, labels = listed("--test", other, tuple(images["classes"]))
     return known(folder, data_dir), (Pictures(paths, images["size"]), np.array(labels, np.int32))
 
 

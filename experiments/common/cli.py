@@ -88,7 +88,7 @@ def main(
         _fail(f"stopped and saved; {settings.after_stop}")
         sys.exit(stopped.code)
     except NonFiniteLoss as error:
-        advice = "try a smaller --coef, or a --protocol with a smaller learning rate"
+        advice = "try a smaller --coef or --lr, or a --protocol with a smaller learning rate"
         _fail(f"{error}; {advice}")
         sys.exit(1)
     except ProcessLost as lost:

@@ -301,7 +301,7 @@ def fit(
         network or another run, for a folder that cannot be written, is in use by another process
         or is the address of a bucket, and for a save that fails.
       TypeError: a model that is none of the three kinds, or returns no logits; labels that are not
-        integers.
+        integers; an optimizer that is none of optax, a ``task_loss`` that is no function.
       NonFiniteLoss: the loss became NaN or infinite; names the step.
       Stopped: with a checkpoint folder, on SIGTERM: the step, or up to 20 short ones that are one
         call, is finished and saved first. A SystemExit of status 143, so a program that does not

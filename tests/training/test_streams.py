@@ -17,7 +17,7 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import Outputs, fit, from_nnx, models
+from kd2m_jax import Outputs, fit, models
 
 N, D, K, SIZE = 64, 6, 3, 16
 X, _, Y = draw("clustered", N, D, classes=K)
@@ -412,9 +412,7 @@ def test_a_stream_without_any_label_cannot_be_scored():
 
 @pytest.mark.slow
 def test_outputs_of_a_teacher_come_with_batches_of_lists():
-    seen = from_nnx(mlp(0))
     out = Outputs(*mlp(0)(X)[:2])
-    del seen
     batches = [
         {
             "x": X[i : i + SIZE].tolist(),
