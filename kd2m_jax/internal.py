@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kd2m_jax._compat import layer_list as layer_list
     from kd2m_jax._compiler import compiler_flags as compiler_flags
     from kd2m_jax._compiler import compiler_flags_in_force as compiler_flags_in_force
     from kd2m_jax._compiler import set_compiler_flags as set_compiler_flags
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kd2m_jax.training._batches import steps_per_epoch as steps_per_epoch
     from kd2m_jax.training._body import step_body as step_body
     from kd2m_jax.training._checkpoints import Checkpoints as Checkpoints
+    from kd2m_jax.training._labels import balanced as balanced
     from kd2m_jax.training._processes import ProcessLost as ProcessLost
     from kd2m_jax.training._processes import after_first as after_first
     from kd2m_jax.training._processes import by_first as by_first
@@ -49,6 +51,8 @@ _HOMES = {
     "accuracy": "training._scores",
     "calibration_error": "training._scores",
     "Checkpoints": "training._checkpoints",
+    "balanced": "training._labels",
+    "layer_list": "_compat",
     "compiler_flags": "_compiler",
     "compiler_flags_in_force": "_compiler",
     "set_compiler_flags": "_compiler",

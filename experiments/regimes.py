@@ -1,0 +1,57 @@
+"""When does it help? Each distance with few, wrong, no and all labels, and on shifted images.
+
+    python -m experiments.regimes --dataset=digits --regimes transfer shift
+
+Writes one JSON file per data set and regime under --out; what is there is not trained again, so
+the same command goes on after a stop. --report writes the page and its figures from the files.
+"""
+
+import dataclasses
+import os
+from typing import ClassVar, Literal
+
+from .common.cli import Flags, main
+from .common.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Regimes(Flags):
+    """What is trained."""
+
+    after_stop: ClassVar[str] = "the same command continues"
+
+    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
+    """Which images."""
+    regimes: tuple[str, ...] = ("few", "transfer", "noise", "full", "label-free", "shift")
+    """Some of few, transfer, noise, full, label-free and shift."""
+    seeds: int = 5
+    """Seeds of the student and of the images that are drawn."""
+    out: str = "runs/regimes"
+    """Folder of the JSON files, a folder for each data set."""
+    data_dir: str | None = None
+    """Folder of tensorflow-datasets."""
+    smoke: bool = False
+    """Few steps, to see that everything runs."""
+
+
+def run(settings: Regimes) -> None:
+    """Train what is missing, and say where the numbers are."""
+    import pathlib
+
+    from .studies.regimes import run as study
+    from .studies.regimes.study import REGIMES
+
+    for regime in settings.regimes:
+        if regime not in REGIMES:
+            raise UsageError(f"--regimes takes {', '.join(REGIMES)}: not {regime}")
+    for store in study.run(
+        pathlib.Path(settings.out), settings.dataset, settings.regimes, settings.seeds,
+        data_dir=settings.data_dir, smoke=settings.smoke,
+    ):  # fmt: skip
+        print(f"Numbers: {store.path}")
+
+
+if __name__ == "__main__":
+    # OpenBLAS beside XLA's own threads makes small decompositions 10 to 40 times slower.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    main(Regimes(), run, module="experiments.regimes", description=__doc__)

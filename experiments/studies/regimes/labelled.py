@@ -1,0 +1,143 @@
+"""Students that learn from labels and a teacher, or from a teacher alone: one row, one seed."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from kd2m_jax import NonFiniteLoss, Outputs, fit, outputs, predict
+
+from .networks import World, student
+from .rows import Row
+from .splits import Split, labelled
+from .study import AUTO, LABEL_FREE, LAMBDAS, RATE, Coefs, Study
+
+Tried = dict[str, list[float] | None]
+
+
+def trained(
+    world: World,
+    study: Study,
+    regime: str,
+    row: Row,
+    seed: int,
+    coefs: Coefs = (*LAMBDAS, *AUTO),
+) -> dict[str, Any]:
+    """Train a row's students of one seed in one program, one per lambda.
+
+    Returns:
+      ``{"tried": {lambda: [validation, test]}, "cpu_seconds": ...}``: accuracies in percent. A
+      lambda whose run diverged has None.
+    """
+    start = time.process_time()
+    split = labelled(study, regime, world.y, seed)
+    if regime == "full":
+        study = dataclasses.replace(study, steps=study.full_steps)
+    tried = _tried(world, study, row, seed, split, coefs if row.metric else ("none",))
+    return {"tried": tried, "cpu_seconds": round(time.process_time() - start, 1)}
+
+
+def _tried(world: World, study: Study, row: Row, seed: int, split: Split, coefs: Coefs) -> Tried:
+    try:
+        found = _fitted(world, study, row, seed, split, coefs)
+    except NonFiniteLoss:
+        if len(coefs) == 1:
+            return {str(coefs[0]): None}
+        # One that diverged ends the program of all: each alone.
+        alone = [_tried(world, study, row, seed, split, (coef,)) for coef in coefs]
+        return {name: value for one in alone for name, value in one.items()}
+    scored = (
+        (split.validation, world.x, split.labels),
+        (np.arange(len(world.test_y)), world.test_x, world.test_y),
+    )
+    return {
+        str(coef): [accuracy(model, x[rows], y[rows]) for rows, x, y in scored]
+        for coef, model in zip(coefs, found, strict=True)
+    }  # fmt: skip
+
+
+def _fitted(
+    world: World, study: Study, row: Row, seed: int, split: Split, coefs: Coefs
+) -> list[Any]:
+    """Train, and return the students."""
+    train = np.union1d(split.train, split.validation) if row.all_labels else split.train
+    options: dict[str, Any] = {}
+    if row.metric is not None:
+        seen = world.seen_untrained if row.untrained else world.seen
+        options = {"metric": row.metric, "coef": list(coefs)}
+        if len(split.transfer):
+            options["transfer"] = world.x[split.transfer], rows_of(seen, split.transfer)
+            options["transfer_batch_size"] = min(study.transfer_batch, len(split.transfer))
+        else:
+            options["teacher"] = rows_of(seen, train)
+    results = fit(
+        student(world.dataset, study, seed),
+        (world.x[train], split.labels[train]),
+        **options,
+        **schedule(study.steps, RATE),
+        batch_size=min(study.batch, len(train)),
+        seed=seed,
+    )
+    return [one.student for one in (results if isinstance(results, list) else [results])]
+
+
+def label_free(world: World, study: Study, row: Row, seed: int) -> dict[str, Any]:
+    """Train a student on a metric alone, and classify by the nearest of its class means.
+
+    The classes of the training images are the teacher's: no label is read. Of no metric the
+    student is as it was initialised.
+    """
+    start = time.process_time()
+    split = labelled(study, LABEL_FREE, world.y, seed)
+    pool = split.transfer
+    model, seen = student(world.dataset, study, seed), rows_of(world.seen, pool)
+    if row.metric is not None:
+        against = world.seen_untrained if row.untrained else world.seen
+        model = fit(
+            model,
+            (world.x[pool], None),
+            teacher=rows_of(against, pool),
+            metric=row.metric,
+            task_coef=0,
+            **schedule(study.steps, RATE),
+            batch_size=study.batch,
+            seed=seed,
+        ).student
+    classes = np.asarray(seen.logits).argmax(1)
+    features, test_features = (
+        np.asarray(outputs(model, x).features) for x in (world.x[pool], world.test_x)
+    )
+    found = nearest_mean(features, classes, test_features)
+    score = 100 * float(np.mean(found == world.test_y))
+    return {"tried": {"none": (None, score)}, "cpu_seconds": round(time.process_time() - start, 1)}
+
+
+def schedule(steps: int, rate: float) -> dict[str, Any]:
+    """Return the options of `fit` for so many steps of Adam, its rate falling to 0 by a cosine."""
+    return {
+        "optimizer": optax.adam(optax.cosine_decay_schedule(rate, steps)),
+        "epochs": steps,  # more than there will be: max_steps ends the run
+        "max_steps": steps,
+        "log_every": steps,
+        "progress": False,
+    }
+
+
+def rows_of(seen: Outputs, rows: np.ndarray) -> Outputs:
+    """Return a teacher's outputs for some images."""
+    return jax.tree.map(lambda a: a[rows], seen)
+
+
+def accuracy(model: Any, x: np.ndarray, y: np.ndarray) -> float:
+    """Return the share of images whose class is predicted, in percent."""
+    return 100 * float(np.mean(predict(model, x).argmax(1) == y))
+
+
+def nearest_mean(features: np.ndarray, classes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the class of the nearest mean of the features, for each of the others."""
+    present = np.unique(classes)
+    means = np.stack([features[classes == one].mean(0) for one in present])
+    return present[((others[:, None, :] - means) ** 2).sum(2).argmin(1)]

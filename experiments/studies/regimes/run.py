@@ -1,0 +1,111 @@
+"""Run what is missing of a study, one JSON file per data set and regime."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ...data.load import load
+from . import adapted, labelled
+from .networks import World, world
+from .rows import ROWS
+from .store import Store
+from .study import (
+    AUTO,
+    LABEL_FREE,
+    LABELLED,
+    LAMBDAS,
+    RATES,
+    SHIFTS,
+    SMOKE_COEFS,
+    SMOKE_METHODS,
+    SMOKE_ROWS,
+    STUDIES,
+    Study,
+    smoked,
+)  # fmt: skip
+
+
+def run(
+    out: pathlib.Path,
+    dataset_name: str,
+    regimes: Sequence[str],
+    seeds: int,
+    *,
+    data_dir: str | None,
+    smoke: bool,
+) -> Iterator[Store]:
+    """Train what is missing of the regimes; yield each one's numbers when they are whole."""
+    study = smoked(STUDIES[dataset_name]) if smoke else STUDIES[dataset_name]
+    dataset = load(dataset_name, data_dir)
+    if smoke:
+        dataset = dataclasses.replace(dataset, test=tuple(part[:200] for part in dataset.test))
+    folder = out / dataset_name
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = world(dataset, study, folder)
+    teacher = round(labelled.accuracy(seen.teacher, seen.test_x, seen.test_y), 2)
+    for regime in regimes:
+        about = {
+            "dataset": dataset_name,
+            "regime": regime,
+            "study": dataclasses.asdict(study),
+            "lambdas": [*LAMBDAS, *AUTO],
+            "rates": RATES,
+            "teacher_accuracy": teacher,
+        }
+        names = (
+            [f"shift-{name}" for name in (SHIFTS[:1] if smoke else SHIFTS)]
+            if regime == "shift"
+            else [regime]
+        )
+        for name in names:
+            store = Store(folder / f"{name}.json", about | {"regime": name})
+            _fill(store, name, seen, study, range(1 if smoke else seeds), smoke=smoke)
+            yield store
+
+
+def _fill(
+    store: Store, regime: str, seen: World, study: Study, seeds: Sequence[int], *, smoke: bool
+) -> None:
+    """Train what a regime lacks."""
+    if regime.startswith("shift-"):
+        _fill_shift(store, regime.removeprefix("shift-"), seen, study, seeds, smoke=smoke)
+        return
+    rows = SMOKE_ROWS if smoke else rows_of(regime)
+    missing = [(row, s) for row in rows for s in seeds if not store.has(row, s)]
+    for row, seed in _shown(missing, f"{seen.dataset.name}, {regime}"):
+        if regime == LABEL_FREE:
+            found = labelled.label_free(seen, study, ROWS[row], seed)
+        else:
+            coefs = SMOKE_COEFS if smoke else (*LAMBDAS, *AUTO)
+            found = labelled.trained(seen, study, regime, ROWS[row], seed, coefs)
+        store.put(row, seed, found)
+
+
+def _fill_shift(
+    store: Store, name: str, seen: World, study: Study, seeds: Sequence[int], *, smoke: bool
+) -> None:
+    """Train what a shifted domain lacks: seed by seed, because the source is a seed's."""
+    methods = SMOKE_METHODS if smoke else adapted.METHODS
+    for seed in seeds:
+        missing = [row for row in methods if not store.has(row, seed)]
+        if not missing:
+            continue
+        place = adapted.domain(seen, study, name, seed)
+        for row in _shown(missing, f"{seen.dataset.name}, {name}, seed {seed}"):
+            store.put(row, seed, adapted.adapted(seen, study, place, adapted.METHODS[row], seed))
+
+
+def rows_of(regime: str) -> tuple[str, ...]:
+    """Return the rows of a regime with labels, or of the one without any."""
+    if regime in LABELLED:
+        return tuple(ROWS)
+    skipped = ("none, validation labels trained on",)
+    return tuple(row for row in ROWS if row not in skipped)
+
+
+def _shown(work: Sequence[Any], title: str):
+    return tqdm(work, desc=title, file=sys.stderr)

@@ -1,0 +1,120 @@
+"""What is studied on each data set: sizes, networks, steps, and the lambdas that are tried."""
+
+import dataclasses
+
+Coefs = tuple[float | str, ...]
+
+# Lambdas of every row: FIXED, for those without validation labels, is one of them.
+LAMBDAS, FIXED = (0.01, 0.1, 1.0, 10.0, 100.0), 1.0
+# And what needs none: lambda from the gradients' norms, at two ratios.
+AUTO = ("auto:0.1", "auto:1")
+# Learning rates of the adaptation to a shifted domain, likewise.
+RATES, FIXED_RATE = (3e-4, 1e-3, 3e-3), 1e-3
+RATE = 1e-3  # of everything else
+CURVE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+NOISE = 0.4
+CONFIDENT = 0.9
+
+# Regimes with labels, without any, and the shifted domains.
+LABELLED = ("few", "transfer", "noise", "full")
+LABEL_FREE = "label-free"
+SHIFTS = ("rotation", "noise", "translation", "blur", "rotation-unequal", "noise-unequal")
+REGIMES = (*LABELLED, LABEL_FREE, "shift")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """One data set's sizes.
+
+    Attributes:
+      student: widths of the student's hidden layers; the last is the number of features.
+      filters: of the teacher's convolutions, each of stride 2.
+      teacher_epochs: how long it is trained.
+      steps: of each student.
+      full_steps: of each student that has all labels.
+      adaptation_steps: of each student that is adapted.
+      batch: labelled images per step, or fewer where there are fewer.
+      transfer_batch: images of the transfer set per step.
+      adaptation_batch: shifted images per step.
+      held: training images that no teacher and no student is trained on, for validation.
+      labels: per regime, the numbers of labels to train on and to choose lambda by.
+      shifted_labels: labelled images of the shifted domain, to choose the learning rate by.
+    """
+
+    student: tuple[int, ...]
+    filters: tuple[int, ...]
+    teacher_epochs: int
+    steps: int
+    full_steps: int
+    adaptation_steps: int
+    batch: int = 128
+    transfer_batch: int = 128
+    adaptation_batch: int = 256
+    held: int
+    labels: dict[str, tuple[int, int]]
+    shifted_labels: int = 200
+
+
+STUDIES = {
+    "digits": Study(
+        student=(32, 32),
+        filters=(16, 32),
+        teacher_epochs=60,
+        steps=400,
+        full_steps=400,
+        adaptation_steps=300,
+        adaptation_batch=128,
+        held=247,
+        labels={"few": (80, 20), "transfer": (40, 40), "noise": (400, 100), "full": (1100, 247)},
+        shifted_labels=100,
+    ),
+    "mnist": Study(
+        student=(64, 64),
+        filters=(16, 32, 64),
+        teacher_epochs=6,
+        steps=800,
+        full_steps=2000,
+        adaptation_steps=500,
+        held=10_000,
+        labels={
+            "few": (800, 200),
+            "transfer": (100, 100),
+            "noise": (4000, 1000),
+            "full": (50_000, 5000),
+        },
+    ),
+    "cifar10": Study(
+        student=(256, 64),
+        filters=(32, 64, 128),
+        teacher_epochs=12,
+        steps=800,
+        full_steps=2000,
+        adaptation_steps=500,
+        held=10_000,
+        labels={
+            "few": (800, 200),
+            "transfer": (800, 200),
+            "noise": (4000, 1000),
+            "full": (40_000, 5000),
+        },
+    ),
+}
+
+
+# What --smoke trains.
+SMOKE_COEFS, SMOKE_ROWS = (1.0, "auto:1"), ("none", "l2", "cw2", "gaussian-cw2", "kd+cw2")
+SMOKE_METHODS = ("nothing", "information maximisation", "w2", "gaussian-cw2, statistics, balanced")
+
+
+def smoked(study: Study) -> Study:
+    """Return the study cut to what a minute allows: it shows that everything runs, no more."""
+    return dataclasses.replace(
+        study,
+        teacher_epochs=1,
+        steps=4,
+        full_steps=4,
+        adaptation_steps=2,
+        batch=32,
+        transfer_batch=32,
+        adaptation_batch=32,
+    )
