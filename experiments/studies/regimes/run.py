@@ -56,13 +56,11 @@ def run(
             "rates": RATES,
             "teacher_accuracy": teacher,
         }
-        names = (
-            [f"shift-{name}" for name in (SHIFTS[:1] if smoke else SHIFTS)]
-            if regime == "shift"
-            else [regime]
-        )
-        for name in names:
-            store = Store(folder / f"{name}.json", about | {"regime": name})
+        is_shift = regime == "shift"
+        names = [f"shift-{name}" for name in SHIFTS] if is_shift else [regime]
+        for name in names[:1] if smoke else names:
+            order = tuple(adapted.METHODS if is_shift else ROWS)
+            store = Store(folder / f"{name}.json", about | {"regime": name}, order)
             _fill(store, name, seen, study, range(1 if smoke else seeds), smoke=smoke)
             yield store
 

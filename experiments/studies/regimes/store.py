@@ -3,6 +3,7 @@
 import datetime
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from ...common import files, machine
@@ -19,9 +20,12 @@ class Store:
       content: what it holds: "about", and "rows", by row and seed what `labelled.trained` returned.
     """
 
-    def __init__(self, path: pathlib.Path, about: dict[str, Any]):
-        """Open a file, or begin one; UsageError where it is of another study."""
-        self.path = path
+    def __init__(self, path: pathlib.Path, about: dict[str, Any], order: Sequence[str]):
+        """Open a file, or begin one; UsageError where it is of another study.
+
+        ``order`` is that of the rows in the file, however they are added.
+        """
+        self.path, self.order = path, order
         # As JSON gives it back: with lists for tuples.
         about = json.loads(json.dumps(about))
         if path.exists():
@@ -43,7 +47,9 @@ class Store:
 
     def put(self, row: str, seed: int, found: dict[str, Any]) -> None:
         """Keep a row's numbers of a seed, on disk."""
-        self.content["rows"].setdefault(row, {})[str(seed)] = found
+        rows = self.content["rows"]
+        rows.setdefault(row, {})[str(seed)] = found
+        self.content["rows"] = {name: rows[name] for name in self.order if name in rows}
         today = datetime.date.today().isoformat()
         if today not in self.content["dates"]:
             self.content["dates"].append(today)

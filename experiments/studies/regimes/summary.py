@@ -1,0 +1,176 @@
+"""The table of one regime, from its JSON: differences in pairs, intervals, Holm. No JAX."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ...common import tables
+from .. import intervals
+from .study import FIXED, FIXED_RATE
+
+POWER = 0.8
+REFERENCES = {"kd+cw2": "kd", "kd+procrustes": "kd"}
+
+
+def chosen(found: dict[str, Any]) -> str:
+    """Return the lambda or learning rate with the best validation accuracy, the first of equals."""
+    known = {name: score[0] for name, score in found["tried"].items() if score and name != "none"}
+    known = {k: v for k, v in known.items() if not k.startswith("auto")}
+    return max(known, key=known.__getitem__) if known else next(iter(found["tried"]))
+
+
+def summarised(content: dict[str, Any]) -> dict[str, Any]:
+    """Compute what a regime's table shows.
+
+    Returns:
+      ``{"seeds", "rows", "detectable"}``. By row: ``accuracy`` (`intervals.summary`, of the chosen
+      lambda), ``lambdas`` (the chosen ones, a seed each), ``difference`` to the first row
+      (`intervals.compare`), ``others``: differences at what nobody chose, by its name; and
+      ``against``, of a sum of metrics, the difference to its first part.
+    """
+    rows = content["rows"]
+    seeds = sorted(set.intersection(*({*map(int, found)} for found in rows.values())))
+    picked = {row: [chosen(found[str(seed)]) for seed in seeds] for row, found in rows.items()}
+    scores = {
+        row: [_test(found[str(s)], name) for s, name in zip(seeds, picked[row], strict=True)]
+        for row, found in rows.items()
+    }
+    first = next(iter(rows))
+    others = [row for row in rows if row != first]
+    differences = intervals.compare({row: scores[row] for row in others}, scores[first])
+    unchosen = {
+        name: intervals.compare(
+            {row: [_test(rows[row][str(s)], name) for s in seeds] for row in others},
+            scores[first],
+        )
+        for name in _unchosen(content)
+    }
+    table = {
+        row: {
+            "values": scores[row],
+            "accuracy": intervals.summary(scores[row]),
+            "lambdas": picked[row],
+            "difference": differences.get(row),
+            "others": {name: found.get(row) for name, found in unchosen.items()},
+            "against": {
+                REFERENCES[row]: intervals.paired(scores[row], scores[REFERENCES[row]])
+            } if row in REFERENCES and REFERENCES[row] in scores else {},
+        }
+        for row in rows
+    }  # fmt: skip
+    spreads = [d["sd"] for d in differences.values() if d["sd"] is not None]
+    return {
+        "seeds": len(seeds),
+        "rows": table,
+        "detectable": {
+            "one row": _detectable(spreads, len(seeds), 1),
+            "after Holm": _detectable(spreads, len(seeds), len(others)),
+        },
+    }
+
+
+def _unchosen(content: dict[str, Any]) -> list[str]:
+    """Return what is shown beside the chosen lambda: the fixed one, and the automatic ones."""
+    tried = {
+        name for row in content["rows"].values() for one in row.values() for name in one["tried"]
+    }
+    fixed = [str(FIXED_RATE)] if content["about"]["regime"].startswith("shift") else [str(FIXED)]
+    return [
+        name
+        for name in (*fixed, *sorted(n for n in tried if n.startswith("auto")))
+        if name in tried
+    ]
+
+
+def _test(found: dict[str, Any], name: str) -> float | None:
+    tried = found["tried"]
+    score = tried.get(name, tried.get("none"))
+    return None if score is None else score[1]
+
+
+def _detectable(spreads: Sequence[float], n: int, rows: int) -> float | None:
+    """Return the difference that n seeds find four times in five, at the median spread."""
+    if not spreads or n < 2:
+        return None
+    quantiles = (
+        stats.t.ppf(1 - (1 - intervals.LEVEL) / (2 * rows), n - 1),
+        stats.t.ppf(POWER, n - 1),
+    )
+    return float(sum(quantiles) * np.median(spreads) / math.sqrt(n))
+
+
+def rows_of_text(content: dict[str, Any]) -> list[list[str]]:
+    """Write the table as text, a header first."""
+    found = summarised(content)
+    rate = content["about"]["regime"].startswith("shift")
+    unchosen = list(next(iter(found["rows"].values()))["others"])
+    symbol = "rate" if rate else "λ"
+    chooses = bool(unchosen)
+    header = [
+        "",
+        *[symbol] * chooses,
+        "accuracy (%)",
+        "minus the first",
+        "95% interval",
+        "p (Holm)",
+    ]
+    lines = [header + [f"{symbol} = {float(u):g}" if u[0] != "a" else u for u in unchosen]]
+    for row, one in found["rows"].items():
+        accuracy, d = one["accuracy"], one["difference"]
+        spread = f" ± {accuracy['sd']:.1f}" if accuracy["sd"] is not None else ""
+        mean = "diverged" if accuracy["mean"] is None else f"{accuracy['mean']:.1f}{spread}"
+        cells = [row, *[_range(one["lambdas"])] * chooses, mean]
+        cells += ["", "", ""] if d is None else [
+            signed(d["mean"]), interval_text(d["interval"]), intervals.p_text(d["p_holm"]),
+        ]  # fmt: skip
+        cells += [
+            "" if other is None else signed(other["mean"]) for other in one["others"].values()
+        ]
+        lines.append(cells)
+    return lines
+
+
+def _range(lambdas: Sequence[str]) -> str:
+    values = sorted(float(name) for name in lambdas if name != "none")
+    if not values:
+        return ""
+    return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
+
+
+def signed(mean: float | None) -> str:
+    """Write a difference in points with its sign."""
+    return "unknown" if mean is None else f"{mean:+.1f}"
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """Write a 95% interval with its signs."""
+    return f"[{interval[0]:+.1f}, {interval[1]:+.1f}]" if interval else "unknown"
+
+
+def note(content: dict[str, Any]) -> str:
+    """Say in one paragraph how the table was made and what it could have found."""
+    about, found = content["about"], summarised(content)
+    cpu = sum(one["cpu_seconds"] for row in content["rows"].values() for one in row.values())
+    detectable = found["detectable"]
+    sure = "" if detectable["one row"] is None else (
+        f" A difference of {detectable['one row']:.1f} points would be found four times in five in "
+        f"one row, and one of {detectable['after Holm']:.1f} after the correction."
+    )  # fmt: skip
+    env = content["environment"]
+    machine = f"{env['cpu']}, {env['cores']} cores, {', '.join(content['dates'])}"
+    return (
+        f"{found['seeds']} seeds of student and images; mean ± standard deviation of test "
+        "accuracy; differences are paired by seed, with 95% t-intervals; p is corrected for "
+        f"{len(found['rows']) - 1} rows (Holm).{sure} Teacher: {about['teacher_accuracy']}%. "
+        f"{cpu / 3600:.1f} CPU hours on {machine}."
+    )
+
+
+def text(content: dict[str, Any]) -> str:
+    """Return the table and its note for a terminal."""
+    about = content["about"]
+    lines = rows_of_text(content)
+    return f"{about['dataset']}, {about['regime']}\n{tables.aligned(lines)}\n\n{note(content)}"
