@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import check
 from clouds import KINDS, draw
 from draws import draw_cost, draw_logits, draw_maps, single
 from reference import family, oracles
@@ -18,30 +19,6 @@ from kd2m_jax.losses._mmd import KERNELS
 slow = pytest.mark.slow  # one oracle of each loss is among the fast tests
 
 kernels = pytest.mark.parametrize("kernel", KERNELS)
-
-
-def check(loss, oracle, *arrays, atol=0.0):
-    """Value against a float64 oracle, both gradients against finite differences of it."""
-    value, gradients = compiled(loss)(*single(*arrays))
-    np.testing.assert_allclose(value, oracle(*arrays), rtol=1e-3, atol=atol)
-    for k, gradient in enumerate(np.asarray(g, np.float64) for g in gradients):
-        noise = np.random.default_rng(k).normal(size=gradient.shape)
-        for direction in (gradient, noise):
-            direction = direction * np.linalg.norm(arrays[k]) / np.linalg.norm(direction)
-
-            def along(a, k=k):
-                return oracle(*arrays[:k], a, *arrays[k + 1 :])
-
-            expected = oracles.directional_derivative(along, arrays[k], direction)
-            largest = np.linalg.norm(gradient) * np.linalg.norm(direction)
-            actual = (gradient * direction).sum()
-            np.testing.assert_allclose(actual, expected, rtol=2e-2, atol=2e-3 * largest)
-
-
-@functools.cache
-def compiled(loss):
-    """Value and gradients in student and teacher."""
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=slow), 4.0])
