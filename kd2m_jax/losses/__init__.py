@@ -11,6 +11,9 @@ from kd2m_jax.losses._gaussian import gaussian_ckl as gaussian_ckl
 from kd2m_jax.losses._gaussian import gaussian_cw2 as gaussian_cw2
 from kd2m_jax.losses._gaussian import gaussian_kl as gaussian_kl
 from kd2m_jax.losses._gaussian import gaussian_w2 as gaussian_w2
+from kd2m_jax.losses._geometry import cka as cka
+from kd2m_jax.losses._geometry import gram as gram
+from kd2m_jax.losses._geometry import procrustes as procrustes
 from kd2m_jax.losses._gromov import gw2 as gw2
 from kd2m_jax.losses._logits import class_cost_matrix as class_cost_matrix
 from kd2m_jax.losses._logits import kd as kd

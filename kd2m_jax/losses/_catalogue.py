@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kd2m_jax.losses._gaussian import gaussian_ckl, gaussian_cw2, gaussian_kl, gaussian_w2
+from kd2m_jax.losses._geometry import cka, gram, procrustes
 from kd2m_jax.losses._gromov import gw2
 from kd2m_jax.losses._logits import kd, wkd_l
 from kd2m_jax.losses._maps import nst, wkd_f
@@ -112,6 +113,27 @@ METRICS: dict[str, MetricInfo] = {
         )
         for kernel in KERNELS
     },
+    "procrustes": MetricInfo(
+        procrustes,
+        "|X|^2 + |Y|^2 - 2 |X^T Y|_*, rows centred, by sqrt(n)",
+        "Williams et al., NeurIPS 2021; Bhattarai et al., arXiv 2509.25253",
+        projector=None,
+        paired=True,
+    ),
+    "gram": MetricInfo(
+        gram,
+        "|X X^T - Y Y^T|^2, rows centred, by sqrt(n)",
+        "Bhattarai et al., arXiv 2509.25253; Tung & Mori, ICCV 2019",
+        projector=None,
+        paired=True,
+    ),
+    "cka": MetricInfo(
+        cka,
+        "1 - |X^T Y|^2 / (|X^T X| |Y^T Y|), rows centred",
+        "Kornblith et al., ICML 2019",
+        projector=None,
+        paired=True,
+    ),
     "kd": MetricInfo(
         kd,
         "T^2 KL(softmax(h_T / T) || softmax(h_S / T))",

@@ -181,10 +181,12 @@ def floating(name: str, x: ArrayLike) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def clouds(z_s: ArrayLike, z_t: ArrayLike, *, paired: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Two point clouds in one space; ``paired`` ones are rows of the same batch as well."""
+def clouds(
+    z_s: ArrayLike, z_t: ArrayLike, *, paired: bool = False, one_space: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Two point clouds in ``one_space``; ``paired`` ones are rows of the same batch as well."""
     z_s, z_t = matrix("z_s", z_s), matrix("z_t", z_t)
-    if z_s.shape[1] != z_t.shape[1]:
+    if one_space and z_s.shape[1] != z_t.shape[1]:
         raise ValueError(
             f"z_s has {z_s.shape[1]} features and z_t has {z_t.shape[1]}, but this distance needs "
             "one space: map the student into the teacher's with kd2m_jax.projected, or use "

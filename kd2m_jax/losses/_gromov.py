@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from kd2m_jax.losses._checks import filled, kept_rows, loss, matrix, varying
+from kd2m_jax.losses._checks import clouds, filled, kept_rows, loss, varying
 from kd2m_jax.losses._groups import Groups, everyone
 from kd2m_jax.losses._numerics import HIGHEST, in_unit, magnitude, squared_distances
 from kd2m_jax.losses._solvers import TransportInfo, ipot_plan
@@ -79,12 +79,10 @@ def gw2(
       Memoli, Found. Comput. Math. 2011. The factorisation of the sum: Peyre, Cuturi & Solomon,
       ICML 2016; conditional gradients: Vayer et al., ICML 2019.
     """
-    z_s, z_t = matrix("z_s", z_s), matrix("z_t", z_t)
-    dtype = jnp.promote_types(z_s.dtype, z_t.dtype)
-    z_s, z_t = z_s.astype(dtype), z_t.astype(dtype)
+    z_s, z_t = clouds(z_s, z_t, one_space=False)
     keep = kept_rows(where, len(z_s), len(z_t))
     z_s, z_t = filled(keep, z_s, z_t)
-    groups = everyone(len(z_s), len(z_t), dtype, keep)
+    groups = everyone(len(z_s), len(z_t), z_s.dtype, keep)
     unit = magnitude(*(z - z.mean(0, keepdims=True) for z in (z_s, z_t)))
     d_s, d_t = (in_unit(_distances, unit, z) for z in (z_s, z_t))
     # Only differences count, and without their common mean they keep more of float32's digits.

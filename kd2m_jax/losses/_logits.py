@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from kd2m_jax.losses._checks import (
     class_labels,
     emptied,
+    flag,
     floating,
     integer,
     kept_rows,
@@ -20,7 +21,7 @@ from kd2m_jax.losses._checks import (
     row_mean,
     several_classes,
 )
-from kd2m_jax.losses._numerics import HIGHEST
+from kd2m_jax.losses._numerics import HIGHEST, magnitude
 
 
 @loss
@@ -29,6 +30,7 @@ def kd(
     logits_t: ArrayLike,
     *,
     temperature: float = 4.0,
+    standardize: bool = False,
     where: ArrayLike | None = None,
 ) -> jax.Array:
     r"""Knowledge distillation of Hinton et al.: KL divergence between softened predictions.
@@ -40,12 +42,19 @@ def kd(
     The published loss ``alpha CE + b T^2 KL`` has T = 4, alpha = 0.1 and b = 0.9: that is
     ``task_coef=0.1, coef=0.9`` in `distillation_loss` and `kd2m_jax.fit`.
 
+    With ``standardize=True`` each row of logits is first brought to mean 0 and standard deviation
+    1, ``(h_i - mean h_i) / std h_i``. The student need not reach the size of the teacher's logits,
+    only their relations, and T is relative to their spread. Std divides by k; the authors' code
+    divides by k - 1, which is a T ``sqrt(k / (k - 1))`` times as large inside the softmax.
+
     Cost: O(n k).
 
     Args:
       logits_s: ``[n, k]`` float, the student's unnormalised log-probabilities.
       logits_t: ``[n, k]`` float, the teacher's, of the same examples.
       temperature: > 0, T.
+      standardize: whether to take z-scores of each row of logits in the logits' place. A row of
+        equal logits has none: it becomes zeros, with a gradient of 0.
       where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
         were not there, on both sides, whatever it holds.
 
@@ -63,14 +72,28 @@ def kd(
       0.1308
 
     References:
-      Hinton, Vinyals & Dean, arXiv 1503.02531, section 2.
+      Hinton, Vinyals & Dean, arXiv 1503.02531, section 2. Standardized logits: Sun et al., Logit
+      Standardization in Knowledge Distillation, CVPR 2024.
     """
     number("temperature", temperature)
     logits_s, logits_t = paired_logits(logits_s, logits_t, paired=True)
     several_classes("kd", logits_s.shape[1])
     keep = kept_rows(where, len(logits_s), len(logits_t))
     logits_s, logits_t = emptied(keep, logits_s, logits_t)
+    if flag("standardize", standardize):
+        logits_s, logits_t = _standardized(logits_s), _standardized(logits_t)
     return temperature**2 * row_mean(_divergence(logits_s, logits_t, temperature), keep)
+
+
+def _standardized(logits: jax.Array) -> jax.Array:
+    """Return ``[n, k]`` rows of mean 0 and standard deviation 1; those of equal logits are 0."""
+    # Seen from one of them, equal logits are zeros, which a mean that is rounded does not give.
+    logits = logits - jax.lax.stop_gradient(logits[:, :1])
+    logits = logits / magnitude(logits, axis=1)
+    gaps = logits - jnp.mean(logits, axis=1, keepdims=True)
+    variance = jnp.mean(gaps**2, axis=1, keepdims=True)
+    flat = variance == 0  # so that NaN stays NaN
+    return jnp.where(flat, 0, gaps / jnp.sqrt(jnp.where(flat, 1, variance)))
 
 
 def _divergence(logits_s: jax.Array, logits_t: jax.Array, temperature: float) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Arithmetic that several losses share: distances, roots, centring, and units."""
+"""Arithmetic that several losses share: distances, roots, centring, units, double precision."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kd2m_jax._compat import enable_x64
 
 # Accelerators multiply matrices with less by default, and distances by expansion lose all to it.
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -66,3 +68,30 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root whose gradient at 0 (a dead feature, coincident points) is 0, not infinite."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0 * x)  # NaN stays NaN
+
+
+def in_double(function: Callable) -> Callable:
+    """In float64, with results in the first argument's type; constants for the gradient.
+
+    JAX transforms an operation by the width that is set when it does so: what changes the width
+    inside a program has no derivative, and `jax.vmap` must find its own way in here.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(x, *rest):
+        with enable_x64(True):
+            double = jax.tree.map(_widened, (x, *rest))
+            return jax.tree.map(lambda a: a.astype(x.dtype), function(*double))
+
+    @call.def_vmap
+    def _(size, batched, *given):
+        del size
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        found = in_double(jax.vmap(function, in_axes=tuple(axes)))(*given)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return call
+
+
+def _widened(a: jax.Array) -> jax.Array:
+    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a

@@ -11,10 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kd2m_jax._compat import enable_x64
 from kd2m_jax.losses._checks import varying
 from kd2m_jax.losses._groups import Groups
-from kd2m_jax.losses._numerics import HIGHEST
+from kd2m_jax.losses._numerics import HIGHEST, in_double
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
 
@@ -87,43 +86,16 @@ def factors(x: jax.Array, y: jax.Array, groups: Groups) -> tuple[jax.Array, jax.
     float32). On GPUs, where an SVD is a long chain of small kernels, matrix products. Elsewhere
     (TPUs emulate float64) the same products in float32.
     """
-    double = _in_double(functools.partial(_factors, by_products))
+    double = in_double(functools.partial(_factors, by_products))
     return jax.lax.platform_dependent(
         x,
         y,
         groups,
-        cpu=_in_double(functools.partial(_factors, by_svd)),
+        cpu=in_double(functools.partial(_factors, by_svd)),
         cuda=double,
         rocm=double,
         default=functools.partial(_factors, by_products),
     )
-
-
-def _in_double(function: Callable) -> Callable:
-    """In float64, with results in the first argument's type; constants for the gradient.
-
-    JAX transforms an operation by the width that is set when it does so: what changes the width
-    inside a program has no derivative, and `jax.vmap` must find its own way in here.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def call(x, *rest):
-        with enable_x64(True):
-            double = jax.tree.map(_widened, (x, *rest))
-            return jax.tree.map(lambda a: a.astype(x.dtype), function(*double))
-
-    @call.def_vmap
-    def _(size, batched, *given):
-        del size
-        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-        found = _in_double(jax.vmap(function, in_axes=tuple(axes)))(*given)
-        return found, jax.tree.map(lambda _: True, found)
-
-    return call
-
-
-def _widened(a: jax.Array) -> jax.Array:
-    return a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
 
 def _factors(polar: Callable, x, y, groups: Groups) -> tuple[jax.Array, jax.Array]:
@@ -238,7 +210,7 @@ def _singular(x: jax.Array, y: jax.Array, groups: Groups):
         )
         return u, s, v
 
-    double = _in_double(factored)
+    double = in_double(factored)
     return jax.lax.platform_dependent(
         x, y, groups, cpu=double, cuda=double, rocm=double, default=factored
     )

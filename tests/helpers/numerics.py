@@ -58,6 +58,9 @@ LAWS = {
     "gaussian-kl": Law(power=0),
     "gaussian-ckl": Law(power=0),
     "l2": SQUARED,
+    "procrustes": SQUARED,
+    "gram": Law(symmetric=True, power=4),
+    "cka": Law(symmetric=True, power=0),
     "kd": Law(),
     "nst": Law(symmetric=True, power=0),  # channels have length 1
     "wkd-l": Law(zero=False),  # a fixed number of Sinkhorn iterations, and a cross-entropy

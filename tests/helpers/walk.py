@@ -18,6 +18,7 @@ OPTIONS = (
     {"solver": "auto" if DEFAULT_SOLVER == "sinkhorn" else "sinkhorn"},  # what {} is not
     {"covariance": "diagonal"},
     {"direction": "teacher_student"},
+    {"standardize": True},
     {"label_cost": "kl", "solver": "exact"},
     {"label_cost": "sqeuclidean", "debiased": True},  # debiased takes a symmetric label cost
 )

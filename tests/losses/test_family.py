@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from checks import check
 from clouds import KINDS, draw
 from draws import draw_cost, draw_logits, draw_maps, single
 from reference import family, oracles
@@ -20,36 +21,36 @@ slow = pytest.mark.slow  # one oracle of each loss is among the fast tests
 kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
-def check(loss, oracle, *arrays, atol=0.0):
-    """Value against a float64 oracle, both gradients against finite differences of it."""
-    value, gradients = compiled(loss)(*single(*arrays))
-    np.testing.assert_allclose(value, oracle(*arrays), rtol=1e-3, atol=atol)
-    for k, gradient in enumerate(np.asarray(g, np.float64) for g in gradients):
-        noise = np.random.default_rng(k).normal(size=gradient.shape)
-        for direction in (gradient, noise):
-            direction = direction * np.linalg.norm(arrays[k]) / np.linalg.norm(direction)
-
-            def along(a, k=k):
-                return oracle(*arrays[:k], a, *arrays[k + 1 :])
-
-            expected = oracles.directional_derivative(along, arrays[k], direction)
-            largest = np.linalg.norm(gradient) * np.linalg.norm(direction)
-            actual = (gradient * direction).sum()
-            np.testing.assert_allclose(actual, expected, rtol=2e-2, atol=2e-3 * largest)
-
-
-@functools.cache
-def compiled(loss):
-    """Value and gradients in student and teacher."""
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-
-
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=slow), 4.0])
-def test_kd(temperature):
+def test_kd(temperature, standardize):
     h_s, h_t, _ = draw_logits()
-    loss = functools.partial(losses.kd, temperature=temperature)
-    oracle = functools.partial(family.kd, temperature=temperature)
+    loss = functools.partial(losses.kd, temperature=temperature, standardize=standardize)
+    oracle = functools.partial(family.kd, temperature=temperature, standardize=standardize)
     check(loss, oracle, h_s, h_t)
+
+
+def test_standardized_kd_does_not_see_the_size_of_logits_and_takes_rows_of_equal_ones():
+    h_s, h_t, _ = draw_logits()
+    both = jax.jit(jax.value_and_grad(functools.partial(losses.kd, standardize=True), (0, 1)))
+    value, (gradient, _) = both(*single(h_s, h_t))
+    for c in (1e-8, 1e12):
+        again, (its_gradient, _) = both(*single(c * h_s + c, h_t - 3))
+        np.testing.assert_allclose(again, value, rtol=1e-4)
+        np.testing.assert_allclose(c * its_gradient, gradient, atol=1e-4 * jnp.abs(gradient).max())
+    # Equal logits are zeros, of whatever size: the other rows are what they were.
+    h_s[3], h_t[5] = 0.1, -7.3
+    value, gradients = both(*single(h_s, h_t))
+    expected = [family.kd(*rows, temperature=4.0, standardize=True) for rows in zip(
+        np.delete(h_s, (3, 5), 0)[:, None], np.delete(h_t, (3, 5), 0)[:, None], strict=True
+    )]  # fmt: skip
+    scores = [(h - h.mean()) / h.std() for h in (h_t[3], h_s[5])]
+    flat = np.zeros((1, 7))
+    expected.append(family.kd(flat, scores[0][None], temperature=4.0))
+    expected.append(family.kd(scores[1][None], flat, temperature=4.0))
+    np.testing.assert_allclose(value, np.sum(expected) / len(h_s), rtol=1e-4)
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert not np.any(gradients[0][3]) and not np.any(gradients[1][5])
 
 
 OPTIONS = {

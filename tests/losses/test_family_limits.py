@@ -103,6 +103,7 @@ def test_logit_losses_are_finite_on_degenerate_logits():
     functions = [
         losses.kd,
         functools.partial(losses.kd, temperature=0.1),
+        functools.partial(losses.kd, temperature=0.1, standardize=True),
         functools.partial(wkd_l, class_cost=cost),
         functools.partial(wkd_l, temperature=0.1, epsilon=1e-4, class_cost=100 * cost),
         functools.partial(wkd_l, class_cost=0 * cost),
@@ -123,6 +124,7 @@ def test_logit_losses_are_finite_on_degenerate_logits():
 # Options that no metric's name sets; the names are walked by test_numerics and test_contract.
 CALLS = {
     "kd": (functools.partial(losses.kd, temperature=1.0), draw_logits()[:2]),
+    "kd-standardize": (functools.partial(losses.kd, standardize=True), draw_logits()[:2]),
     "wkd-l": (functools.partial(losses.wkd_l, class_cost=draw_cost(7)), draw_logits()),
     "nst-linear": (functools.partial(losses.nst, kernel="linear"), draw_maps()),
     "nst-rbf": (functools.partial(losses.nst, kernel="rbf"), draw_maps()),

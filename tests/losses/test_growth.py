@@ -34,6 +34,9 @@ GROWTH = {
     "cmmd-linear": QUADRATIC,
     **{f"{m}-{kernel}": QUADRATIC for m in ("mmd", "cmmd") for kernel in
        ("polynomial", "rbf", "energy")},
+    "procrustes": LINEAR,
+    "gram": LINEAR,
+    "cka": LINEAR,
     "kd": ((1, 0, 1), (1, 0, 1)),
     "nst": ((1, 2, 0), (1, 2, 0)),
     "wkd-l": ((1, 0, 2), (1, 0, 1)),

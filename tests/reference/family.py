@@ -9,9 +9,11 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.special import log_softmax, softmax
 
 
-def kd(h_s, h_t, *, temperature):
+def kd(h_s, h_t, *, temperature, standardize=False):
     total = 0
     for s, t in zip(h_s, h_t, strict=True):
+        if standardize:
+            s, t = ((h - h.mean()) / h.std() for h in (s, t))
         p, q = softmax(t / temperature), softmax(s / temperature)
         total += (p * np.log(p / q)).sum()
     return temperature**2 * total / len(h_s)
