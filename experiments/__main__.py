@@ -7,7 +7,7 @@ from .common.errors import command
 
 # In the order in which someone meets them.
 NAMES = ("digits", "mnist", "cifar", "svhn", "images", "evaluate", "predict", "export")
-NAMES += ("table", "tradeoff", "features", "bound", "bench")
+NAMES += ("table", "tradeoff", "regimes", "features", "bound", "bench")
 
 
 def listed() -> str:

@@ -1,16 +1,16 @@
-"""When does it help? Each distance with few, wrong, no and all labels, and on shifted images.
+"""Which distance helps with few, wrong, no or all labels, on other images.
 
     python -m experiments.regimes --dataset=digits --regimes transfer shift
 
 Writes one JSON file per data set and regime under --out; what is there is not trained again, so
-the same command goes on after a stop. --report writes the page and its figures from the files.
+the same command goes on after a stop.
 """
 
 import dataclasses
 import os
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from .common.cli import Flags, main
+from .common.cli import Flags, main, optional
 from .common.errors import UsageError
 
 
@@ -28,10 +28,10 @@ class Regimes(Flags):
     """Seeds of the student and of the images that are drawn."""
     out: str = "runs/regimes"
     """Folder of the JSON files, a folder for each data set."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, optional("DIR", "~/tensorflow_datasets")] = None
     """Folder of tensorflow-datasets."""
     smoke: bool = False
-    """Few steps, to see that everything runs."""
+    """One seed and few steps, to see that it runs."""
 
 
 def run(settings: Regimes) -> None:
@@ -39,16 +39,19 @@ def run(settings: Regimes) -> None:
     import pathlib
 
     from .studies.regimes import run as study
+    from .studies.regimes import summary
     from .studies.regimes.study import REGIMES
 
     for regime in settings.regimes:
         if regime not in REGIMES:
-            raise UsageError(f"--regimes takes {', '.join(REGIMES)}: not {regime}")
+            raise UsageError(
+                f"--regimes takes {', '.join(REGIMES[:-1])} and {REGIMES[-1]}: not {regime}"
+            )
     for store in study.run(
         pathlib.Path(settings.out), settings.dataset, settings.regimes, settings.seeds,
         data_dir=settings.data_dir, smoke=settings.smoke,
     ):  # fmt: skip
-        print(f"Numbers: {store.path}")
+        print(f"\n{summary.text(store.content)}\n\nNumbers: {store.path}")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ ROOMS = [
     ("runs",),
     ("digits", "mnist", "cifar", "svhn", "images"),
     ("analysis", "studies", "bench"),
-    ("table", "tradeoff", "features", "bound", "evaluate", "predict", "export"),
+    ("table", "tradeoff", "regimes", "features", "bound", "evaluate", "predict", "export"),
     ("__main__", "__init__"),
 ]
 

@@ -1,0 +1,203 @@
+"""The study of regimes: which images are for what, what is never read, and the tables."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import regimes
+from experiments.common.errors import UsageError
+from experiments.data.load import load
+from experiments.studies.regimes import adapted, labelled, networks, splits, summary
+from experiments.studies.regimes.rows import ROWS, Row
+from experiments.studies.regimes.shifts import shift
+from experiments.studies.regimes.store import Store
+from experiments.studies.regimes.study import REGIMES, SHIFTS, STUDIES, smoked
+from kd2m_jax import outputs
+from kd2m_jax.internal import terms
+
+SIZES = {"digits": (1347, 450), "mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}
+STUDY = dataclasses.replace(smoked(STUDIES["digits"]), steps=3)
+
+
+def labels_of(name, part=0):
+    return np.random.default_rng(part).integers(0, 10, SIZES[name][part]).astype(np.int32)
+
+
+def apart(*parts):
+    together = np.concatenate(parts)
+    return len(np.unique(together)) == len(together)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("regime", [r for r in REGIMES if r != "shift"])
+def test_no_image_is_for_two_purposes(name, regime):
+    study, y = STUDIES[name], labels_of(name)
+    pool, held = splits.held_out(study, len(y))
+    assert apart(pool, held) and len(pool) + len(held) == len(y)
+    for seed in range(3):
+        split = splits.labelled(study, regime, y, seed)
+        assert apart(split.train, split.validation)
+        assert set(split.validation) <= set(held) and set(split.train) <= set(pool)
+        assert set(split.transfer) <= set(pool)
+        if regime != "noise":  # there the distance sees the images that have the wrong labels
+            assert apart(split.train, split.transfer)
+        if regime in study.labels:
+            assert (len(split.train), len(split.validation)) == study.labels[regime]
+        wrong = np.mean(split.labels != y)
+        assert wrong == (pytest.approx(0.4, abs=0.05) if regime == "noise" else 0)
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_bank_shares_no_image_with_the_student(name, unequal):
+    study, y, test_y = STUDIES[name], labels_of(name), labels_of(name, 1)
+    parts = splits.shifted(study, y, test_y, 1, unequal=unequal)
+    assert apart(parts.bank, parts.clean, parts.shifted, parts.validation)
+    pool, held = splits.held_out(study, len(y))
+    assert set(parts.validation) <= set(held)
+    assert {*parts.bank, *parts.clean, *parts.shifted} <= set(pool)
+    counts = np.bincount(test_y[parts.test], minlength=10)
+    assert bool(counts.max() > 5 * counts.min()) is unequal
+
+
+def test_seeds_draw_other_images_and_few_are_equally_many_of_each_class():
+    y = labels_of("mnist")
+    one, other = (splits.labelled(STUDIES["mnist"], "transfer", y, seed) for seed in (0, 1))
+    assert set(one.train) != set(other.train) and set(one.validation) != set(other.validation)
+    assert np.bincount(y[one.train]).tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_shifts_keep_shape_type_and_range(name):
+    x = np.zeros((5, 28, 28, 1), np.uint8)
+    x[:, 10:20, 12:15] = 255
+    found = shift(x, name)
+    assert found.shape == x.shape and found.dtype == np.uint8 and found.max() <= 255
+    assert not np.array_equal(found, x)
+    if name == "translation":
+        np.testing.assert_array_equal(found[:, 12:22, 14:17], 255)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Digits and an untrained teacher, which is as good to see what is read."""
+    dataset = load("digits")
+    seen = networks.as_seen(dataset)
+    x, test_x = seen(dataset.train[0]), seen(dataset.test[0])
+    teacher = networks.network(dataset, STUDY)
+    out = outputs(teacher, x)
+    return networks.World(dataset, x, dataset.train[1], test_x, dataset.test[1], teacher, out, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["cw2", "kd", "jw2"])
+def test_labels_of_the_transfer_set_are_never_read(world, metric):
+    split = splits.labelled(STUDY, "transfer", world.y, 0)
+
+    def found(y):
+        return labelled._fitted(world, STUDY, Row(metric), 0, split._replace(labels=y), (1.0,))[0]
+
+    scrambled = world.y.copy()
+    scrambled[split.transfer] = np.random.default_rng(0).permutation(scrambled[split.transfer])
+    assert not np.array_equal(scrambled, world.y)
+    one, other = (outputs(found(y), world.test_x).logits for y in (world.y, scrambled))
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_without_labels_no_label_is_read(world):
+    scrambled = world._replace(y=np.roll(world.y, 1))
+    one, other = (labelled.label_free(w, STUDY, Row("cw2"), 0) for w in (world, scrambled))
+    assert one["tried"] == other["tried"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["w2", "gaussian-cw2, statistics, balanced"])
+def test_labels_of_shifted_images_are_never_read(world, method):
+    place = adapted.domain(world, STUDY, "rotation", 0)
+    scrambled = world.y.copy()
+    scrambled[place.parts.shifted] = (scrambled[place.parts.shifted] + 1) % 10
+    one, other = (
+        adapted.adapted(w, STUDY, place, adapted.METHODS[method], 0)["tried"]
+        for w in (world, world._replace(y=scrambled))
+    )
+    assert one == other
+
+
+def content(rows):
+    about = {"dataset": "digits", "regime": "few", "teacher_accuracy": 99.0}
+    return {
+        "about": about,
+        "environment": {"cpu": "none", "cores": 1},
+        "dates": ["2026-11-26"],
+        "rows": {
+            row: {
+                str(seed): {"tried": tried, "cpu_seconds": 1.0} for seed, tried in enumerate(seeds)
+            }
+            for row, seeds in rows.items()
+        },
+    }
+
+
+def test_lambda_is_chosen_on_validation_images_and_never_on_test_images():
+    tried = {"0.1": [50.0, 99.0], "1.0": [60.0, 10.0], "10.0": [60.0, 70.0], "auto:1": [99.0, 99.0]}
+    assert summary.chosen({"tried": tried}) == "1.0"
+    assert summary.chosen({"tried": {"0.1": None, "1.0": [1.0, 2.0]}}) == "1.0"
+    assert summary.chosen({"tried": {"none": [50.0, 60.0]}}) == "none"
+
+
+def test_tables_are_of_paired_differences_and_corrected():
+    alone = [{"none": [0.0, a]} for a in (70.0, 71.0, 72.0)]
+    kd = [{"0.1": [1.0, a], "1.0": [0.0, 0.0]} for a in (72.0, 74.0, 74.0)]
+    both = [{"0.1": [1.0, a], "1.0": [0.0, 5.0]} for a in (73.0, 74.0, 76.0)]
+    found = summary.summarised(content({"none": alone, "kd": kd, "kd+cw2": both}))
+    difference = found["rows"]["kd"]["difference"]
+    assert difference["mean"] == pytest.approx(7 / 3)
+    p = stats.ttest_rel([72, 74, 74], [70, 71, 72]).pvalue
+    assert difference["p"] == pytest.approx(p)
+    assert difference["p_holm"] >= difference["p"]
+    assert found["rows"]["kd"]["others"]["1.0"]["mean"] == pytest.approx(-71)
+    assert found["rows"]["kd+cw2"]["against"]["kd"]["mean"] == pytest.approx(1)
+    assert found["detectable"]["after Holm"] > found["detectable"]["one row"] > 0
+    text = summary.text(content({"none": alone, "kd": kd, "kd+cw2": both}))
+    assert "+2.3" in text and "-71.0" in text and "auto" not in text
+
+
+def test_numbers_that_are_there_are_kept_and_of_another_study_refused(tmp_path):
+    path, order = tmp_path / "few.json", ["none", "kd"]
+    store = Store(path, {"seeds": (1, 2)}, order)
+    store.put("kd", 0, {"tried": {"1.0": [1.0, 2.0]}, "cpu_seconds": 0.1})
+    store.put("none", 0, {"tried": {"none": [1.0, 2.0]}, "cpu_seconds": 0.1})
+    again = Store(path, {"seeds": (1, 2)}, order)
+    assert again.has("kd", 0) and not again.has("kd", 1)
+    assert list(json.loads(path.read_text())["rows"]) == order
+    with pytest.raises(UsageError, match="is of another study"):
+        Store(path, {"seeds": (1, 3)}, order)
+    path.write_text("{")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Store(path, {"seeds": (1, 2)}, order)
+
+
+@pytest.mark.slow
+def test_smoke_runs_and_again_trains_nothing(tmp_path, capsys):
+    some = ("transfer", "label-free", "shift")
+    settings = regimes.Regimes(out=str(tmp_path), smoke=True, regimes=some)
+    regimes.run(settings)
+    assert capsys.readouterr().out.count("Numbers: ") == len(some)
+    files = sorted((tmp_path / "digits").glob("*.json"))
+    before = [file.read_bytes() for file in files]
+    regimes.run(settings)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_regimes_that_are_none_are_refused():
+    with pytest.raises(UsageError, match="label-free and shift: not fewer"):
+        regimes.run(regimes.Regimes(regimes=("fewer",)))
+
+
+@pytest.mark.parametrize("row", [r for r, row in ROWS.items() if isinstance(row.metric, str)])
+def test_rows_are_metrics_of_the_catalogue(row):
+    assert terms(ROWS[row].metric)
