@@ -10,6 +10,7 @@ from kd2m_jax.losses._checks import (
     choice,
     clouds,
     filled,
+    flag,
     kept_rows,
     labelled_rows,
     loss,
@@ -82,6 +83,7 @@ def gaussian_cw2(
     labels: ArrayLike,
     *,
     covariance: str = "full",
+    rotation: bool = False,
     labels_t: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> jax.Array:
@@ -90,7 +92,11 @@ def gaussian_cw2(
     ``CW2^2 = 1/K sum_y W2^2(N(mu_S,y, S_S,y), N(mu_T,y, S_T,y))``, computed at once: the sum of
     the trace terms is the nuclear norm of one block-masked n x n matrix.
 
-    Cost: time O(n^2 (n + d)), memory O(n^2), whatever the number of classes.
+    With ``rotation=True`` the teacher's space is turned onto the student's first, as `cw2` says,
+    with the Gaussians' own couplings.
+
+    Cost: time O(n^2 (n + d)), memory O(n^2), whatever the number of classes; with rotation time
+    O(d^3) and memory O(d^2) more.
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
@@ -99,6 +105,8 @@ def gaussian_cw2(
       labels: ``[n]`` integers >= 0, their classes. A row of -1 is left out; other numbers make
         the loss NaN.
       covariance: "full" or "diagonal".
+      rotation: whether the distance is that after a rotation of the teacher's space, as in `cw2`.
+        It takes full covariances.
       labels_t: as in `cw2`, where the teacher's rows are of other examples.
       where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
         were not there, on both sides, whatever it holds.
@@ -107,7 +115,7 @@ def gaussian_cw2(
       Scalar, a *squared* distance, float32 (float64 for float64 features).
 
     Raises:
-      ValueError: shapes that do not match, an unknown covariance.
+      ValueError: shapes that do not match, an unknown covariance, rotation with diagonal ones.
       TypeError: labels that are not integers, features that are not floating point.
 
     Example:
@@ -119,10 +127,17 @@ def gaussian_cw2(
     References:
       Fernandes Montesuma, KD2M, GSI 2025, CW2 (G).
     """
+    choice("covariance", covariance, COVARIANCES)
+    if flag("rotation", rotation) and covariance != "full":
+        raise ValueError(
+            "rotation=True mixes features, which covariance='diagonal' keeps apart: use "
+            "covariance='full'"
+        )
     if isinstance(z_t, ClassStatistics):
-        choice("covariance", covariance, COVARIANCES)
-        return statistics.w2(*statistics.classes(z_s, z_t, labels, labels_t, where), covariance)
-    return samples.w2(*_by_class(z_s, z_t, labels, labels_t, where), covariance)
+        both = statistics.classes(z_s, z_t, labels, labels_t, where)
+        return statistics.w2(*(statistics.aligned(*both) if rotation else both), covariance)
+    given = _by_class(z_s, z_t, labels, labels_t, where)
+    return samples.w2(*(samples.aligned(*given) if rotation else given), covariance)
 
 
 @loss

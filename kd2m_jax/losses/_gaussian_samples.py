@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from kd2m_jax.losses._checks import choice, number
 from kd2m_jax.losses._groups import Groups
 from kd2m_jax.losses._numerics import HIGHEST, centred, in_unit, magnitude, safe_sqrt
-from kd2m_jax.losses._polar import unmatched
+from kd2m_jax.losses._polar import factors, unmatched
+from kd2m_jax.losses._rotation import turned
 from kd2m_jax.losses._statistics import COVARIANCES
 
 DIRECTIONS = ("student_teacher", "teacher_student")
@@ -32,6 +33,19 @@ def w2(z_s: jax.Array, z_t: jax.Array, groups: Groups, covariance: str) -> jax.A
     x = (z_s - mean_s) * jnp.sqrt(groups.weight_s)[:, None]
     y = (z_t - mean_t) * jnp.sqrt(groups.weight_t)[:, None]
     return means + unmatched(x, y, groups)
+
+
+def aligned(z_s: jax.Array, z_t: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array, Groups]:
+    """Return the samples with the teacher's turned onto the student's, class by class."""
+    root_s, root_t = (jnp.sqrt(w)[:, None] for w in (groups.weight_s, groups.weight_t))
+
+    def coupled(x: jax.Array, y: jax.Array) -> jax.Array:
+        x = x * root_s
+        left, right = factors(x, y * root_t, groups)
+        to_t = jnp.matmul(left.T, x, precision=HIGHEST)
+        return root_t * jnp.matmul(right, to_t, precision=HIGHEST)
+
+    return *turned(z_s, z_t, groups, coupled), groups
 
 
 def _deviation_s(z: jax.Array, groups: Groups) -> jax.Array:

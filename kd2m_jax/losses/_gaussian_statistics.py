@@ -4,6 +4,7 @@ Marginally there is one class: the mixture. Everything is kept per class, ``[K, 
 that is on one side alone is left out.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,11 @@ from kd2m_jax.losses._checks import choice, emptied, kept_rows, labelled_rows, m
 from kd2m_jax.losses._gaussian_samples import DIRECTIONS, kl_over_features
 from kd2m_jax.losses._groups import Apart, Groups, everyone
 from kd2m_jax.losses._numerics import HIGHEST, magnitude, safe_sqrt
-from kd2m_jax.losses._polar import unmatched
+from kd2m_jax.losses._polar import factors, unmatched
+from kd2m_jax.losses._rotation import rotation
 from kd2m_jax.losses._statistics import COVARIANCES, ClassStatistics
+
+_dot = functools.partial(jnp.matmul, precision=HIGHEST)
 
 
 class Classes(NamedTuple):
@@ -110,6 +114,41 @@ def w2(own: Classes, theirs: ClassStatistics, covariance: str) -> jax.Array:
     roots = theirs.roots() * jnp.sqrt(own.share)[:, None, None]
     k, d = theirs.means.shape
     return means + unmatched(x, roots.reshape(k * d, d), _groups(own, k, d))
+
+
+def aligned(own: Classes, theirs: ClassStatistics) -> tuple[Classes, ClassStatistics]:
+    """Return both seen from the mean of their class means, the statistics turned onto the samples.
+
+    Centres and rotation are constants for the gradient, as in `kd2m_jax.losses._rotation`.
+    """
+    k, d = theirs.means.shape
+    there, share = own.share != 0, own.share[:, None]
+    means = jnp.where(there[:, None], theirs.means, 0)
+    covariances = jnp.where(there[:, None, None], theirs.full(), 0)
+    theirs = theirs._replace(covariances=covariances)
+    fixed, means, roots = jax.lax.stop_gradient((own, means, theirs.roots()))
+    centre_s, centre_t = (jnp.sum(share * m, axis=0, keepdims=True) for m in (fixed.mean, means))
+    mean_s, mean_t = fixed.mean - centre_s, means - centre_t
+    weight = jnp.sum(own.member * (own.share / own.size)[None, :], axis=1)
+    x = _centred(fixed) * jnp.sqrt(weight)[:, None]
+    y = (roots * jnp.sqrt(own.share)[:, None, None]).reshape(k * d, d)
+    groups = _groups(own, k, d)
+
+    def within(start: jax.Array) -> jax.Array:
+        left, right = factors(x, _dot(y, start), groups)
+        return _dot(_dot(y.T, right), _dot(left.T, x))
+
+    size_s, size_t = (
+        jnp.sqrt(jnp.sum(share * mean**2) + jnp.sum(rows**2))
+        for mean, rows in ((mean_s, x), (mean_t, y))
+    )
+    turn = rotation(_dot(mean_t.T, share * mean_s), size_s * size_t, within)
+    turned = ClassStatistics(
+        _dot(theirs.means - centre_t, turn), _dot(_dot(turn.T, covariances), turn), theirs.shares
+    )
+    counts = jnp.any(own.member > 0, axis=1)
+    (z,) = emptied(counts, own.z - centre_s)
+    return own._replace(z=z, mean=own.mean - centre_s), turned
 
 
 def _centred(own: Classes) -> jax.Array:

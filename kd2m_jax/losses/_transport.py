@@ -27,6 +27,8 @@ from kd2m_jax.losses._checks import (
 from kd2m_jax.losses._costs import LABEL_COSTS, between_features, between_features_and_logits
 from kd2m_jax.losses._couplings import transport
 from kd2m_jax.losses._groups import by_class, by_classes_apart, everyone
+from kd2m_jax.losses._numerics import HIGHEST
+from kd2m_jax.losses._rotation import turned
 from kd2m_jax.losses._solvers import DEFAULT_SOLVER, TransportInfo
 
 WithInfo = tuple[jax.Array, TransportInfo]
@@ -42,6 +44,7 @@ class _Options(TypedDict, total=False):
 
 
 class _ConditionalOptions(_Options, total=False):
+    rotation: bool
     labels_t: ArrayLike | None
 
 
@@ -186,6 +189,7 @@ def cw2(
     solver: str = DEFAULT_SOLVER,
     epsilon: float = 0.01,
     debiased: bool = False,
+    rotation: bool = False,
     has_aux: bool = False,
     labels_t: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -200,7 +204,16 @@ def cw2(
     batch of 128 has 72 on average, and half of those have one sample. Batches of fewer classes
     with more samples each come from `kd2m_jax.fit` with ``per_class=4``, say.
 
-    Cost: as `w2`, whatever the number of classes.
+    With ``rotation=True`` it is a Wasserstein-Procrustes distance by class: both clouds are seen
+    from the mean of their class means, and the teacher's is turned by an orthogonal Q. First the
+    polar factor of ``1/K sum_y m_T,y^T m_S,y`` of the class means, then, with the coupling P
+    that the classes have under it, that of ``Z_T^T P^T Z_S``. This is a local optimum of
+    ``min_Q CW2^2(z_s, z_t Q)``; where class means coincide (a single class) it starts from the
+    spaces as they are. Q is a constant for the gradient, which is that of the value where P is
+    still the coupling under the last Q. The student then matches the teacher's classes in a
+    space of its own: a classifier of the teacher no longer fits its features.
+
+    Cost: as `w2`, whatever the number of classes; with rotation twice that, and time O(d^3).
 
     Args:
       z_s: ``[n, d]`` float, the student's features.
@@ -210,6 +223,7 @@ def cw2(
       solver: "auto", "exact", "sinkhorn" or "ipot", as in `w2`.
       epsilon: > 0, as in `w2`, over the pairs within a class.
       debiased: whether to return the mean of the classes' Sinkhorn divergences, as in `w2`.
+      rotation: whether the distance is that after a rotation of the teacher's space.
       has_aux: whether to return ``(value, TransportInfo)`` as in `w2`.
       labels_t: ``[m]`` integers, the classes of the teacher's rows, where these are of other
         examples: m may differ from n. Classes that are on one side alone are left out.
@@ -234,16 +248,30 @@ def cw2(
       Fernandes Montesuma, KD2M, GSI 2025, CW2 (E).
     """
     if labels_t is not None:
-        value, info = _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased)
+        given = z_s, z_t, labels, labels_t, where
+        value, info = _apart(*given, solver, epsilon, debiased, rotation)
         return (value, info) if has_aux else value
     z_s, z_t = clouds(z_s, z_t, paired=True)
     labels, keep = labelled_rows(labels, where, len(z_s))
     z_s, z_t = filled(keep, z_s, z_t)
     groups = by_class(labels, keep, z_s.dtype)
+    if flag("rotation", rotation):
+        z_s, z_t = _aligned(z_s, z_t, groups, solver, epsilon, debiased)
     return transport(between_features, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
 
 
-def _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased) -> WithInfo:
+def _aligned(z_s, z_t, groups, solver, epsilon, debiased) -> tuple[jax.Array, jax.Array]:
+    """Return the clouds with the teacher's turned onto the student's, by the solver's coupling."""
+    solver = "sinkhorn" if debiased else solver  # the divergence's coupling
+
+    def coupled(x: jax.Array, y: jax.Array) -> jax.Array:
+        _, info = transport(between_features, x, y, groups, solver, epsilon, False, True)  # pyright: ignore
+        return jnp.matmul(info.coupling.T, x, precision=HIGHEST)
+
+    return turned(z_s, z_t, groups, coupled)
+
+
+def _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased, rotation) -> WithInfo:
     """`cw2` where each side has its own labels."""
     z_s, z_t = clouds(z_s, z_t)
     labels, labels_t = apart_labels(labels, labels_t, where, len(z_s), len(z_t))
@@ -253,6 +281,8 @@ def _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased) -> With
     labels, labels_t = (jnp.pad(one, (0, 1), constant_values=-1) for one in (labels, labels_t))
     groups = by_classes_apart(labels, labels_t, z_s.dtype)
     (z_s,), (z_t,) = filled(groups.keep, z_s), filled(groups.keep_t, z_t)
+    if flag("rotation", rotation):
+        z_s, z_t = _aligned(z_s, z_t, groups, solver, epsilon, debiased)
     found = transport(between_features, z_s, z_t, groups, solver, epsilon, debiased, True)
     value, info = found  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
     return value, info._replace(coupling=info.coupling[:n, :m])

@@ -19,6 +19,7 @@ OPTIONS = (
     {"covariance": "diagonal"},
     {"direction": "teacher_student"},
     {"standardize": True},
+    {"rotation": True},
     {"label_cost": "kl", "solver": "exact"},
     {"label_cost": "sqeuclidean", "debiased": True},  # debiased takes a symmetric label cost
 )

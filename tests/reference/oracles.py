@@ -101,3 +101,34 @@ def gaussian_kl(x, y, *, s, kind="full", direction="student_teacher"):
 def directional_derivative(f, x, direction, step=1e-5):
     """Central finite difference of f at x along a direction."""
     return (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+
+
+def matched(p, q):
+    """``[n, n]``, the polar factor that pairs rows as Gaussians do, without null directions."""
+    u, s, vt = np.linalg.svd(p @ q.T)
+    return (u * (s > 1e-9 * max(s[0], 1e-300))) @ vt
+
+
+def transported(p, q):
+    """``[n, n]``, the exact plan, as a matrix of ones."""
+    return len(p) * plan(distances(p, q))
+
+
+def rotation(x, y, labels, couple=transported):
+    """Return both clouds about their centres, the second one turned onto the first, and the turn.
+
+    It is that of the class means, then that of means and coupling, class by class.
+    """
+    classes = [labels == c for c in np.unique(labels)]
+    means_x, means_y = (np.array([z[c].mean(0) for c in classes]) for z in (x, y))
+    x, y = x - means_x.mean(0), y - means_y.mean(0)
+    between = (means_y - means_y.mean(0)).T @ (means_x - means_x.mean(0)) / len(classes)
+    u, s, vt = np.linalg.svd(between)
+    r = (s > 1e-9).sum()
+    turn = u[:, :r] @ vt[:r] + 1e-3 * np.eye(x.shape[1])
+    cross = between
+    for c in classes:
+        p, q = x[c] - x[c].mean(0), y[c] - y[c].mean(0)
+        cross = cross + q.T @ couple(p, q @ turn).T @ p / (len(p) * len(classes))
+    turn, _ = scipy.linalg.polar(cross)
+    return x, y @ turn, turn

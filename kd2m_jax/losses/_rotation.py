@@ -1,0 +1,93 @@
+"""The rotation of a teacher's space that brings its classes onto the student's.
+
+``max_Q max_P sum_ij P_ij <x_i, y_j Q>`` over orthogonal Q and couplings P within classes, where
+both clouds are seen from the mean of their class means. Given P, the best Q is the polar factor of
+``Y^T P^T X``; given Q, P is the distance's own. One after the other, from the class means, whose
+pairing is known: a local optimum.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kd2m_jax.losses._checks import varying
+from kd2m_jax.losses._groups import Groups
+from kd2m_jax.losses._numerics import HIGHEST, in_double
+from kd2m_jax.losses._polar import by_products, by_svd, tolerance
+
+_dot = functools.partial(jnp.matmul, precision=HIGHEST)
+# Class means that differ by less, relative to both clouds' sizes, give no direction.
+NO_DIRECTION = 1e-5
+# How much the unturned spaces count where the class means give none: it breaks ties.
+TIES = 1e-3
+
+
+def turned(
+    z_s: jax.Array,
+    z_t: jax.Array,
+    groups: Groups,
+    coupled: Callable[[jax.Array, jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Both clouds seen from their centres, the teacher's turned onto the student's.
+
+    Centres and rotation are constants for the gradient. They are optimal for the coupling, so to
+    first order they do not move (envelope theorem).
+
+    Args:
+      z_s: ``[n, d]``.
+      z_t: ``[m, d]``.
+      groups: the classes.
+      coupled: from rows centred by class to ``P^T X``, ``[m, d]``, of the distance's coupling P.
+    """
+    x, y = jax.lax.stop_gradient((z_s, z_t))
+    weight_s, weight_t = groups.weight_s[:, None], groups.weight_t[:, None]
+    centre_s, centre_t = (
+        jnp.sum(weight * z, axis=0, keepdims=True) for weight, z in ((weight_s, x), (weight_t, y))
+    )
+    x, y = x - centre_s, y - centre_t
+    mean_s, mean_t = groups.mean_s(x), groups.mean_t(y)
+    between = _dot(groups.mean_t_at_s(y).T, weight_s * mean_s)
+    size = jnp.sqrt(jnp.sum(weight_s * x**2)) * jnp.sqrt(jnp.sum(weight_t * y**2))
+    x, y = groups.kept_s(x - mean_s), groups.kept_t(y - mean_t)
+    turn = rotation(between, size, lambda start: _dot(y.T, coupled(x, _dot(y, start))))
+    return z_s - centre_s, _dot(z_t - centre_t, turn)
+
+
+def rotation(
+    between: jax.Array, size: jax.Array, within: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Return Q ``[d, d]``, orthogonal, by which the teacher's rows are multiplied from the right.
+
+    Args:
+      between: ``[d, d]``, ``sum_y w_y m_T,y^T m_S,y`` of the class means.
+      size: the product of both clouds' weighted lengths, the unit.
+      within: from a start to ``Y^T P^T X`` of rows centred by class.
+    """
+    size = jnp.where(size == 0, 1, size)  # NaN stays NaN
+    one = jnp.eye(len(between), dtype=between.dtype)
+    # K classes give K - 1 directions. The others stay out, because any rotation of them would do,
+    # and what it paired would be chance.
+    start = _isometry(between / size, NO_DIRECTION) + TIES * one
+    # What the coupling leaves open, in clouds that lack rank, stays as near the identity as may be.
+    # More than rounding it would be a part of the rotation of what is small.
+    least = max(1e-8, 2 * tolerance(between))
+    return _isometry((between + within(start)) / size + least * one, least / 2)
+
+
+def _isometry(c: jax.Array, least: float) -> jax.Array:
+    """``U V^T`` over the singular values above ``least``, of a matrix of norm at most 1."""
+
+    def factor(by: Callable, c: jax.Array) -> jax.Array:
+        left, right = varying(by(c, least), like=c)
+        return _dot(left, right.T)
+
+    double = in_double(functools.partial(factor, by_products))
+    return jax.lax.platform_dependent(
+        c,
+        cpu=in_double(functools.partial(factor, by_svd)),
+        cuda=double,
+        rocm=double,
+        default=functools.partial(factor, by_products),
+    )
