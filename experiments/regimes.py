@@ -1,4 +1,4 @@
-"""Which distance helps with few, wrong, no or all labels, on other images.
+"""Which distance helps, and when: with few, wrong, no or all labels.
 
     python -m experiments.regimes --dataset=digits --regimes transfer shift
 
