@@ -5,8 +5,8 @@ Two environment variables, which CI sets:
   KD2M_FETCH_INVENTORIES=1  take other projects' lists of names from their sites
 """
 
+import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -47,11 +47,13 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 copybutton_exclude = ".linenos, .gp, .go"
 
-# The notebooks are copied beside the page that lists them.
-for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-    copy = HERE / "tutorials" / notebook.name
-    if not copy.exists() or copy.read_bytes() != notebook.read_bytes():
-        shutil.copyfile(notebook, copy)
+# The notebooks are copied beside the page that lists them, without the cell that installs on Colab.
+for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    notebook = json.loads(file.read_text())
+    notebook["cells"][0]["metadata"]["tags"] = ["remove-cell"]
+    text, copy = json.dumps(notebook), HERE / "tutorials" / file.name
+    if not copy.exists() or copy.read_text() != text:
+        copy.write_text(text)
 EXECUTE = bool(os.environ.get("KD2M_EXECUTE_NOTEBOOKS"))
 nb_execution_mode = "force" if EXECUTE else "off"
 nb_execution_timeout = 120  # seconds per cell
@@ -74,8 +76,11 @@ intersphinx_mapping = {
     for name, address in PROJECTS.items()
 }
 
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give shapes, domains and units
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 nitpick_ignore = [
@@ -92,6 +97,8 @@ html_show_sourcelink = False
 html_theme_options = {
     "show_navbar_depth": 1,
     "show_toc_level": 2,
+    "navbar_start": [],
+    "navbar_persistent": [],
     "use_download_button": False,
     "use_fullscreen_button": False,
     **({"repository_url": kd2m_jax.__url__} if kd2m_jax.__url__ else {}),

@@ -71,4 +71,9 @@ def test_the_lines_of_examples_fit():
             doc = inspect.getdoc(getattr(home, name)) or ""
             code = (line for line in doc.splitlines() if re.match(r"\s*(>>>|\.\.\.) ", line))
             long += [(name, line) for line in code if len(line.lstrip()) > LIMIT]
+    for page, text in pages().items():
+        if page == "adding_a_metric":  # shows a file, with the width of a file
+            continue
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            long += [(page, line) for line in block.splitlines() if len(line) > LIMIT]
     assert long == []

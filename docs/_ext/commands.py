@@ -79,7 +79,7 @@ def section(name: str, known: dict[str, tuple[str, str]]) -> list[str]:
 
 
 class Commands(Directive):
-    """``commands``: a section for each."""
+    """``commands``, in ``eval-rst``: a section for each."""
 
     def run(self):
         """Return the sections."""

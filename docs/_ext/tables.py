@@ -24,7 +24,7 @@ def rows() -> list[str]:
 
 
 class MetricsTable(Directive):
-    """``metrics-table``: every entry of METRICS."""
+    """``metrics-table``, in ``eval-rst``: every entry of METRICS."""
 
     def run(self):
         """Return the table."""
