@@ -18,6 +18,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE / "_ext")]
 
 import kd2m_jax  # noqa: E402
+from kd2m_jax.internal import set_compiler_flags  # noqa: E402
 
 project = "kd2m_jax"
 author = "The kd2m_jax authors"
@@ -56,11 +57,12 @@ for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
         copy.write_text(text)
 EXECUTE = bool(os.environ.get("KD2M_EXECUTE_NOTEBOOKS"))
 nb_execution_mode = "force" if EXECUTE else "off"
-nb_execution_timeout = 120  # seconds per cell
+nb_execution_timeout = 300  # seconds per cell
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_merge_streams = True
-if EXECUTE:  # a kernel starts in an empty folder
+if EXECUTE:  # a kernel starts in an empty folder, and compiles as the commands do
+    set_compiler_flags()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 # Names of other projects that our docstrings use: small files of our own, or the projects' own.

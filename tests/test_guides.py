@@ -16,7 +16,7 @@ from flax import nnx
 from foreign import equinox_net
 
 import kd2m_jax
-from kd2m_jax import losses, models
+from kd2m_jax import losses, models, predict
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 TABLE = (DOCS / "what_you_have.md").read_text()
@@ -229,6 +229,20 @@ def test_a_teacher_in_torch():
     exec(BLOCKS["A teacher in torch"], space)
     value = losses.l2(space["seen"].features, space["seen"].features)
     assert value == 0 and np.isfinite(space["result"].history[-1]["loss"])
+
+
+@pytest.mark.slow
+def test_the_tutorial_with_a_teacher_in_torch(tmp_path, monkeypatch):
+    """It runs, in few epochs; the outputs that the page shows are of a whole run."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(64))  # a step per epoch
+    text = read("tutorials/torch_teacher").replace('"epochs": 30', '"epochs": 1')
+    space = {}
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(code, space)
+    assert space["teacher"].features.shape == (1347, 128)
+    assert np.isfinite(predict(space["student"], space["test_x"])).all()
 
 
 @pytest.mark.slow
