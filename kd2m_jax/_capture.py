@@ -96,7 +96,8 @@ def layers(module: Model, x: Tree, *, variables: dict | None = None) -> None:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> layers(nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu), jnp.ones((2, 4)))
+      >>> net = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> layers(net, jnp.ones((2, 4)))
       layers.0  Linear  [2, 8]
     """
     if isinstance(module, nnx.Module):

@@ -15,6 +15,8 @@ from flax import nnx
 from kd2m_jax._batch_norm import DEVICES, on_devices, synchronise
 from kd2m_jax._outputs import Outputs
 
+__all__ = ["Network", "from_linen", "from_nnx"]
+
 # What a network's parameters or its state are: any pytree of arrays.
 Tree: TypeAlias = Any
 
@@ -90,7 +92,8 @@ def from_nnx(module: nnx.Module) -> Network:
       >>> import jax, jax.numpy as jnp
       >>> class Tiny(nnx.Module):
       ...     def __init__(self, rngs):
-      ...         self.hidden, self.head = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+      ...         self.hidden = nnx.Linear(4, 8, rngs=rngs)
+      ...         self.head = nnx.Linear(8, 3, rngs=rngs)
       ...     def __call__(self, x):
       ...         features = nnx.relu(self.hidden(x))
       ...         return features, self.head(features)
@@ -209,7 +212,8 @@ def from_linen(module: nn.Module, variables: dict | None = None) -> Network:
       >>> class Tiny(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x, train: bool):
-      ...         features = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
+      ...         norm = nn.BatchNorm(use_running_average=not train)
+      ...         features = nn.relu(norm(nn.Dense(8)(x)))
       ...         return features, nn.Dense(3)(features)
       >>> network = from_linen(Tiny())
       >>> params, state = network.init(jax.random.key(0), jnp.ones((2, 4)))

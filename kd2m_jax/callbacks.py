@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["EarlyStopping", "WeightAverage"]
+
 
 class EarlyStopping:
     """End a run when a score of ``eval_data`` has not improved for a while.
@@ -92,7 +94,8 @@ class WeightAverage:
       >>> from kd2m_jax import fit, models
       >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
       >>> data = jnp.ones((8, 4)), jnp.zeros(8, int)
-      >>> fit(net, data, epochs=2, batch_size=8, callbacks=[WeightAverage(0.9)]).history[-1]["step"]
+      >>> average = WeightAverage(0.9)
+      >>> fit(net, data, epochs=2, batch_size=8, callbacks=[average]).history[-1]["step"]
       2
 
     References:

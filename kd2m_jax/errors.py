@@ -1,5 +1,7 @@
 """Every error that the library raises by a name of its own. Importing them needs no JAX."""
 
+__all__ = ["CheckpointError", "NonFiniteLoss", "Stopped"]
+
 
 class CheckpointError(ValueError):
     """A checkpoint folder that is another process's or another run's, or cannot be written.

@@ -14,6 +14,8 @@ from kd2m_jax.adapters import Model, Network, Tree, as_network
 from kd2m_jax.losses import ClassStatistics
 from kd2m_jax.losses._checks import class_labels, matrix
 
+__all__ = ["Bank", "ema_teacher", "ensemble"]
+
 
 def ensemble(models: Sequence[Model], *, weights: Sequence[float] | None = None) -> Network:
     """Make one teacher of several: mean probabilities, and all features side by side.
@@ -23,8 +25,8 @@ def ensemble(models: Sequence[Model], *, weights: Sequence[float] | None = None)
     `projected`.
 
     Args:
-      models: trained NNX modules, or `Network`s that bring their variables (`from_linen` with its
-        ``variables`` makes one). All have the same classes.
+      models: trained NNX modules, or networks that bring their variables (`from_linen` with its
+        ``variables`` makes such a `Network`). All have the same classes.
       weights: > 0, one per model, brought to sum 1; equal ones by default.
 
     Returns:

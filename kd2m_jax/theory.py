@@ -10,6 +10,8 @@ from kd2m_jax.losses._checks import clouds, loss, number
 from kd2m_jax.losses._groups import everyone
 from kd2m_jax.losses._solvers import exact_plan
 
+__all__ = ["Bound", "bound"]
+
 
 class Bound(NamedTuple):
     """What `bound` measures: ``gap <= w <= l2``, then the quantities beside that chain.
@@ -71,7 +73,8 @@ def bound(z_s: ArrayLike, z_t: ArrayLike, *, bandwidth: float) -> Bound:
       >>> import jax.numpy as jnp
       >>> z_t = jnp.array([[0.0], [1.0], [2.0]])
       >>> chain = bound(z_t[::-1] + 0.5, z_t, bandwidth=1.0)
-      >>> print(f"{chain.gap:.3f} <= {chain.w:.3f} <= {chain.l2:.3f} <= {chain.euclidean_l2:.3f}")
+      >>> values = chain.gap, chain.w, chain.l2, chain.euclidean_l2
+      >>> print(" <= ".join(f"{value:.3f}" for value in values))
       0.243 <= 0.485 <= 1.080 <= 1.708
 
     References:

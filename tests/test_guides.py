@@ -16,14 +16,24 @@ from flax import nnx
 from foreign import equinox_net
 
 import kd2m_jax
-from kd2m_jax import losses, models
+from kd2m_jax import losses, models, predict
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-PAGE = (DOCS / "what_you_have.md").read_text()
-LINES = re.findall(r"^\| (.+) \| `(.+)` \|$", PAGE, re.MULTILINE)
+TABLE = (DOCS / "what_you_have.md").read_text()
+LINES = re.findall(r"^\| (.+) \| `(.+)` \|$", TABLE, re.MULTILINE)
+
+
+def read(*names):
+    return "".join((DOCS / f"{name}.md").read_text() for name in names)
+
+
+# The first block below each heading of these pages, which have a test each.
+PAGE = read("data", "tasks", "labels", "banks", "torch_teacher", "using_the_student")
 BLOCKS = dict(
     re.findall(r"^## (.+)\n(?:(?!^##).*\n)*?```python\n((?:.*\n)*?)```", PAGE, re.MULTILINE)
 )
+# Pages all of whose blocks run one after the other, with the names of the table.
+HOW_TO = ("other_models", "unequal_sizes", "per_class", "resume", "logging", "devices")
 
 
 class Linen(nn.Module):
@@ -109,7 +119,7 @@ def space():
 
 
 def test_the_table_is_read():
-    table = PAGE[PAGE.index("| You have |") : PAGE.index("A label of −1 is no label")]
+    table = TABLE[TABLE.index("| You have |") : TABLE.index("A label of −1 is no label")]
     assert len(LINES) == table.count("\n|") - 1 > 30  # less its rule
     assert len({code for _, code in LINES}) == len(LINES)
 
@@ -132,6 +142,37 @@ def test_a_line_of_the_table_runs(what, code, space):
         assert last["distillation_loss"] > 0
     else:
         assert np.all(np.isfinite(got))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", HOW_TO)
+def test_a_how_to_page_runs(page, space, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = dict(space)
+    few_steps = space["fit"]
+    for code in re.findall(r"^```python\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
+        # What a page imports is there already; fit is the one of few steps.
+        exec(re.sub(r"^from kd2m_jax import .*$", "", code, flags=re.MULTILINE), space)
+        assert space["fit"] is few_steps
+    results = space.get("results", space.get("result"))
+    for result in results if isinstance(results, list) else [results]:
+        assert np.isfinite(result.history[-1]["distillation_loss"])
+
+
+@pytest.mark.slow
+def test_labels_that_are_not_trusted(space):
+    exec(BLOCKS["Labels you do not trust"], space)
+    assert np.isfinite(space["result"].history[-1]["distillation_loss"])
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_torch_file(tmp_path, monkeypatch):
+    """To the file that is not there: tests/models reads real ones."""
+    code = BLOCKS["A ResNet of timm or torchvision: its weights"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "resnet34", lambda *given, **options: mlp(0))
+    with pytest.raises(FileNotFoundError, match=r"resnet34\.safetensors"):
+        exec(code, {})
 
 
 @pytest.mark.slow
@@ -191,6 +232,20 @@ def test_a_teacher_in_torch():
 
 
 @pytest.mark.slow
+def test_the_tutorial_with_a_teacher_in_torch(tmp_path, monkeypatch):
+    """It runs, in few epochs; the outputs that the page shows are of a whole run."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(64))  # a step per epoch
+    text = read("tutorials/torch_teacher").replace('"epochs": 30', '"epochs": 1')
+    space = {}
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(code, space)
+    assert space["teacher"].features.shape == (1347, 128)
+    assert np.isfinite(predict(space["student"], space["test_x"])).all()
+
+
+@pytest.mark.slow
 def test_using_the_student(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
@@ -203,7 +258,9 @@ def test_using_the_student(tmp_path, monkeypatch):
     for n in (6, 1):
         np.testing.assert_allclose(program.call(images[:n]), student(images[:n]).logits, atol=1e-5)
     pytest.importorskip("safetensors")
-    for block in re.findall(r"```python\n((?:.*\n)*?)```", PAGE.partition("## Its weights")[2]):
+    for block in re.findall(
+        r"```python\n((?:.*\n)*?)```", read("using_the_student").partition("## Its weights")[2]
+    ):
         exec(block, space)
     np.testing.assert_allclose(space["again"](images).logits, student(images).logits, atol=1e-5)
     assert len([line for line in BLOCKS["Using the student"].splitlines() if line]) <= 6

@@ -1,5 +1,6 @@
-"""The README does what it says: its code runs, its commands run, its table is the catalogue."""
+"""README and the first pages do what they say: their code runs, and so do their commands."""
 
+import json
 import os
 import re
 import shlex
@@ -12,28 +13,35 @@ import pytest
 from children import environment
 
 from experiments.runs.folder import read_metrics
-from kd2m_jax import losses
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+# Pages whose code runs from top to bottom, and whose commands are run.
+PAGES = {"README": TEXT}
+PAGES |= {name: (ROOT / f"docs/{name}.md").read_text() for name in ("install", "quickstart")}
+PAGES |= {"shell": (ROOT / "docs/shell.md").read_text()}
 DATA = Path(os.environ.get("KD2M_DATA_DIR", ROOT.parent / "shared" / "data" / "tfds"))
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-
-
-def table_row(name, info):
-    formula = info.formula.replace("|", "\\|")
-    return f"| `{name}` | `{formula}` | {', '.join(info.needs) or '–'} | {info.source} |"
+def blocks(language, text):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.slow
-def test_the_python_blocks_run_one_after_the_other():
+@pytest.mark.parametrize("page", ["README", "quickstart"])
+def test_the_python_blocks_run_one_after_the_other(page):
     namespace = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), namespace)
-    assert namespace["variables"].keys() == {"params", "batch_stats"}
+    for code in blocks("python", PAGES[page]):
+        exec(compile(code, page, "exec"), namespace)
+    assert np.isfinite(namespace["result"].history[-1]["loss"])
+    if page == "quickstart":
+        assert namespace["variables"].keys() == {"params", "batch_stats"}
+    else:
+        assert namespace["result"].history[-1]["test_accuracy"] > 0.8
+
+
+def test_it_is_one_screen():
+    assert len(TEXT.splitlines()) <= 120 and len(TEXT.split()) <= 900
 
 
 def test_the_two_commands_stand_on_lines_of_their_own():
@@ -42,15 +50,25 @@ def test_the_two_commands_stand_on_lines_of_their_own():
     assert "pip install uv && uv run pytest" in lines
 
 
-def test_the_metrics_table_is_the_catalogue():
-    expected = [table_row(name, info) for name, info in losses.METRICS.items()]
-    rows = [line for line in TEXT.splitlines() if line.startswith("| `") and "` | `" in line]
-    assert rows == expected, "write these rows:\n" + "\n".join(expected)
+def test_the_one_result_is_the_measured_one():
+    found = json.loads((ROOT / "docs/results/few_labels.json").read_text())
+    (result,) = re.findall(r"<!-- The one result.*?-->\n(.*?)<!-- End", TEXT, re.DOTALL)
+    for name in ("alone", "with a transfer set"):
+        accuracies = 100 * np.array(found[name])
+        assert f"{accuracies.mean():.1f}% ± {accuracies.std(ddof=1):.1f}" in result
+
+
+def test_every_link_leads_to_a_file():
+    targets = re.findall(r"\]\((?!http)([^)#]+)", TEXT)
+    assert len(targets) > 20
+    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def experiment_commands():
-    """Return what follows ``python`` in every experiment command of the README."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    """Return what follows ``python`` in every experiment command of these pages."""
+    lines = [
+        x for text in PAGES.values() for block in blocks("bash", text) for x in block.split("\n")
+    ]
     found = [line.partition("python -m experiments.")[2] for line in lines]
     return sorted({"experiments." + rest for rest in found if rest})
 

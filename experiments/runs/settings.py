@@ -17,7 +17,7 @@ class Distillation:
     metric: Annotated[
         str,
         tyro.conf.arg(
-            help="w2, cw2, jw2, gaussian-w2, kd, ... (README), or none; with options: "
+            help="w2, cw2, jw2, gaussian-w2, kd, ... (docs/metrics.md), or none; with options: "
             "jw2:beta=0.5; a sum: kd+cw2; of the logits: w2@logits."
         ),
     ] = "cw2"

@@ -38,7 +38,7 @@ class MetricInfo(NamedTuple):
       source: where it comes from.
       options: what this name sets (a preset), and nobody sets again.
       published: the weights that its authors give, where they do (see `published`).
-      projector: what a projector brings to the teacher's size first, in `experiments`: "features"
+      projector: what a projector brings to the teacher's size first, in the experiments: "features"
         where they differ in size, of a loss that compares features; "maps", the last of them,
         always, where that is part of the method; None for a loss that compares unequal features.
       paired: whether row i of both sides must be the same example.

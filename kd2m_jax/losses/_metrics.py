@@ -249,7 +249,8 @@ def metric_sum(metrics: Sequence[Metric], weights: Sequence[float] | None = None
     Example:
       >>> import jax.numpy as jnp
       >>> both = metric_sum([get_metric("l2"), get_metric("l2", on="logits")], [1.0, 10.0])
-      >>> one, other = Outputs(jnp.zeros((4, 2)), jnp.zeros((4, 3))), Outputs(jnp.ones((4, 2)))
+      >>> one = Outputs(jnp.zeros((4, 2)), jnp.zeros((4, 3)))
+      >>> other = Outputs(jnp.ones((4, 2)))
       >>> print(both(one, other._replace(logits=jnp.ones((4, 3)))))  # 2 + 10 * 3
       32.0
     """

@@ -153,7 +153,8 @@ def cmmd(
       >>> import jax.numpy as jnp
       >>> z_t = jnp.array([[0.0], [2.0], [5.0]])
       >>> z_s = jnp.array([[2.0], [0.0], [6.0]])
-      >>> print(f"{cmmd(z_s, z_t, jnp.array([0, 0, 1]), kernel='linear'):.1f}")  # (0 + 1^2) / 2
+      >>> labels = jnp.array([0, 0, 1])
+      >>> print(f"{cmmd(z_s, z_t, labels, kernel='linear'):.1f}")  # (0 + 1^2) / 2
       0.5
 
     References:

@@ -38,7 +38,8 @@ class LossTerms(NamedTuple):
       >>> one = one._replace(logits=jnp.zeros((3, 4)))
       >>> labels = jnp.array([0, 1, 1])
       >>> _, terms = distillation_loss(one, other, labels, metric="l2+mmd-linear", coef=0.1)
-      >>> print(terms.distillation, {name: float(value) for name, value in terms.parts.items()})
+      >>> parts = {name: float(value) for name, value in terms.parts.items()}
+      >>> print(terms.distillation, parts)
       4.0 {'l2': 2.0, 'mmd-linear': 2.0}
     """
 
@@ -85,7 +86,8 @@ def distillation_loss(
     Example:
       >>> import jax.numpy as jnp
       >>> out = Outputs(jnp.eye(3), jnp.zeros((3, 2)))
-      >>> loss, terms = distillation_loss(out, out, jnp.array([0, 1, 1]), metric="l2", coef=1.0)
+      >>> labels = jnp.array([0, 1, 1])
+      >>> loss, terms = distillation_loss(out, out, labels, metric="l2", coef=1.0)
       >>> print(f"{loss:.4f} {terms.task:.4f} {terms.distillation:.4f}")
       0.6931 0.6931 0.0000
 

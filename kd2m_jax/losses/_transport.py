@@ -367,7 +367,8 @@ def jw2(
     Example:
       >>> import jax.numpy as jnp
       >>> z, h = jnp.array([[0.0], [1.0]]), jnp.array([[9.0, 0.0], [0.0, 9.0]])
-      >>> print(f"{jw2(z, z, h, h[::-1], beta=10.0, label_cost='kl'):.2f}")  # pairs predictions
+      >>> value = jw2(z, z, h, h[::-1], beta=10.0, label_cost="kl")  # pairs predictions
+      >>> print(f"{value:.2f}")
       1.00
 
     References:

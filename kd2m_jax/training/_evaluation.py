@@ -44,7 +44,8 @@ def make_eval_step(network: Network) -> Callable[..., dict[str, jax.Array]]:
       is padded with label -1 and nothing is compiled again.
 
     Raises:
-      Whatever the network raises for such an ``x`` ``[n, ...]``; labels are ``[n]`` integers.
+      Exception: what the network raises for such an ``x`` ``[n, ...]``; labels are ``[n]``
+        integers.
 
     Example:
       >>> import jax.numpy as jnp

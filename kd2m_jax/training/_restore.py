@@ -63,8 +63,9 @@ def restore(
       >>> from kd2m_jax import fit, models
       >>> net = models.MLP((8,), 3, in_features=4, rngs=nnx.Rngs(0))
       >>> x, labels = jnp.ones((8, 4)), jnp.zeros(8, int)
+      >>> options = {"epochs": 1, "batch_size": 8}
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     trained = fit(net, (x, labels), epochs=1, batch_size=8, checkpoint_dir=folder).student
+      ...     trained = fit(net, (x, labels), checkpoint_dir=folder, **options).student
       ...     again = restore(folder, net)
       >>> bool((again(x).logits == trained(x).logits).all())
       True

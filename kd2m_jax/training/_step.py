@@ -48,7 +48,7 @@ def init_state(
       A `TrainState` that owns its arrays: a step may donate them without harm to the network.
 
     Raises:
-      Whatever the network's ``init`` raises for such an ``x``.
+      Exception: what the network's ``init`` raises for such an ``x``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -138,7 +138,8 @@ def make_train_step(
       >>> from flax import nnx
       >>> from kd2m_jax import from_nnx, models
       >>> teacher, student = (
-      ...     from_nnx(models.MLP((w, 8), 3, in_features=4, rngs=nnx.Rngs(w))) for w in (32, 8))
+      ...     from_nnx(models.MLP((w, 8), 3, in_features=4, rngs=nnx.Rngs(w)))
+      ...     for w in (32, 8))
       >>> x, labels = jax.random.normal(jax.random.key(1), (12, 4)), jnp.arange(12) % 3
       >>> optimizer = optax.sgd(0.1)
       >>> step = make_train_step(student, teacher, optimizer, metric="gaussian-w2", coef=0.1)

@@ -1,4 +1,4 @@
-"""One metric is another, or tends to it: the equivalences that the README's table lists."""
+"""One metric is another, or tends to it: the equivalences that docs/which_metric.md lists."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,79 @@
+"""The site: every public name is on an API page, every page can be reached, code fits its width."""
+
+import inspect
+import re
+from pathlib import Path
+
+import kd2m_jax
+from experiments.__main__ import NAMES
+from kd2m_jax import losses, models, theory
+
+DOCS = Path(__file__).parents[1] / "docs"
+LIMIT = 88  # characters of a line of an example, beyond which a page scrolls sideways
+
+
+def pages():
+    files = (p.relative_to(DOCS) for p in DOCS.rglob("*.md"))
+    return {
+        p.with_suffix("").as_posix(): (DOCS / p).read_text()
+        for p in files
+        if p.parts[0] != "_build"
+    }
+
+
+def entries(page, text):
+    """Return the pages that a page's toctrees list."""
+    found = []
+    for block in re.findall(r"^```\{toctree\}\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        lines = [line for line in block.splitlines() if line and not line.startswith(":")]
+        found += [(Path(page).parent / line).as_posix() for line in lines]
+    return found
+
+
+def test_every_public_name_is_on_an_api_page():
+    text = "".join(t for name, t in pages().items() if name.startswith("api/"))
+    shown = set(re.findall(r"^\.\. (?:py:)?\w+:: (kd2m_jax\S*)$", text, re.MULTILINE))
+    public = {f"kd2m_jax.{name}" for name in kd2m_jax.__all__}
+    for module in (losses, models, theory):
+        public |= {f"{module.__name__}.{name}" for name in module.__all__}
+    # What has two public names is shown by the first.
+    twice = {f"kd2m_jax.losses.{name}" for name in ("ClassStatistics", "class_statistics")}
+    assert public - twice - shown == set()
+    assert shown <= public
+
+
+def test_every_page_is_reached_from_the_first():
+    known, reached, waiting = pages(), set(), ["index"]
+    while waiting:
+        page = waiting.pop()
+        if page not in reached and page in known:
+            reached.add(page)
+            waiting += entries(page, known[page])
+    assert reached == known.keys()
+
+
+def test_every_listed_page_is_there():
+    known, notebooks = pages(), {p.stem for p in DOCS.parent.glob("notebooks/*.ipynb")}
+    for page, text in known.items():
+        for entry in entries(page, text):
+            assert entry in known or entry.removeprefix("tutorials/") in notebooks, (page, entry)
+
+
+def test_every_command_is_named_in_a_page():
+    text = "".join(pages().values())
+    assert [name for name in NAMES if f"experiments.{name}" not in text] == []
+
+
+def test_the_lines_of_examples_fit():
+    long = []
+    for home in (kd2m_jax, losses, models, theory):
+        for name in home.__all__:
+            doc = inspect.getdoc(getattr(home, name)) or ""
+            code = (line for line in doc.splitlines() if re.match(r"\s*(>>>|\.\.\.) ", line))
+            long += [(name, line) for line in code if len(line.lstrip()) > LIMIT]
+    for page, text in pages().items():
+        if page == "adding_a_metric":  # shows a file, with the width of a file
+            continue
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            long += [(page, line) for line in block.splitlines() if len(line) > LIMIT]
+    assert long == []
