@@ -20,8 +20,8 @@ class Regimes(Flags):
 
     after_stop: ClassVar[str] = "the same command continues"
 
-    dataset: Literal["digits", "mnist", "cifar10"] = "digits"
-    """Which images."""
+    dataset: Literal["digits", "mnist", "cifar10", "cifar10-conv"] = "digits"
+    """Which images; cifar10-conv has a convolutional student."""
     regimes: tuple[str, ...] = ("few", "transfer", "noise", "full", "label-free", "shift")
     """Some of few, transfer, noise, full, label-free and shift."""
     seeds: int = 5

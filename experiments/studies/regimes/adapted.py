@@ -22,7 +22,7 @@ from .labelled import accuracy, rows_of, schedule
 from .networks import World, as_seen, student
 from .shifts import shift
 from .splits import Parts, shifted
-from .study import CONFIDENT, RATE, RATES, Study
+from .study import CONFIDENT, RATE, Study
 
 BANK, STATISTICS, OWN, TEACHER = "bank", "statistics", "own statistics", "teacher"
 
@@ -36,6 +36,7 @@ class Method(NamedTuple):
         still there: what that would be worth).
       unlabelled: the classes of the shifted images, as in `kd2m_jax.fit`.
       loss: ``logits -> a scalar`` of the student alone, in place of a distance.
+      normalises: whether nothing but the statistics of BatchNorm are taken from shifted images.
       batch: shifted images per step, None for the study's.
     """
 
@@ -44,6 +45,7 @@ class Method(NamedTuple):
     unlabelled: str | None = None
     loss: Callable[[jax.Array], jax.Array] | None = None
     batch: int | None = None
+    normalises: bool = False
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -75,6 +77,7 @@ def pseudo_labels(logits: jax.Array, *, balanced: bool = False) -> jax.Array:
 NOTHING = "nothing"
 METHODS: dict[str, Method] = {
     NOTHING: Method(),
+    "BatchNorm statistics": Method(normalises=True),
     "entropy": Method(loss=entropy),
     "pseudo-labels, sure ones": Method(loss=pseudo_labels),
     "pseudo-labels, balanced": Method(loss=functools.partial(pseudo_labels, balanced=True)),
@@ -153,15 +156,32 @@ def adapted(world: World, study: Study, place: Domain, method: Method, seed: int
       ``{"tried": {rate: [validation, test]}, "cpu_seconds": ...}``, accuracies in percent.
     """
     start = time.process_time()
-    moves = method.metric or method.loss
+    if method.metric or method.loss:
+        moved = {str(rate): _moved(world, study, place, method, rate, seed) for rate in study.rates}
+    else:
+        moved = {"none": _renormalised(place) if method.normalises else place.source}
     tried = {
-        str(rate) if moves else "none": tuple(
-            accuracy(model, *scored) for scored in (place.validation, place.test)
-        )
-        for rate in (RATES if moves else RATES[:1])
-        for model in [_moved(world, study, place, method, rate, seed) if moves else place.source]
+        name: [accuracy(model, *scored) for scored in (place.validation, place.test)]
+        for name, model in moved.items()
     }
     return {"tried": tried, "cpu_seconds": round(time.process_time() - start, 1)}
+
+
+def methods_of(study: Study) -> tuple[str, ...]:
+    """Return the names of the methods that suit a study's student."""
+    suited = [name for name, m in METHODS.items() if study.student_filters or not m.normalises]
+    return study.methods or tuple(suited)
+
+
+def _renormalised(place: Domain) -> nnx.Module:
+    """Take the statistics of BatchNorm from the shifted images, and leave the weights."""
+    model = nnx.clone(place.source)
+    model.train()
+    forward = nnx.jit(lambda model, x: model(x))
+    for part in np.array_split(place.x, max(1, len(place.x) // 256)):
+        forward(model, part)
+    model.eval()
+    return model
 
 
 def _moved(

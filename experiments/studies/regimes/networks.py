@@ -111,10 +111,9 @@ def network(dataset: Dataset, study: Study, *, seed: int = TEACHER_SEED) -> Conv
     )
 
 
-def student(dataset: Dataset, study: Study, seed: int) -> models.MLP:
+def student(dataset: Dataset, study: Study, seed: int) -> nnx.Module:
     """Make a student; its seed is not the teacher's."""
-    shape = dataset.train[0].shape[1:]
-    rngs = nnx.Rngs(seed)
-    return models.MLP(
-        study.student, len(dataset.classes), in_features=int(np.prod(shape)), rngs=rngs
-    )
+    shape, classes, rngs = dataset.train[0].shape[1:], len(dataset.classes), nnx.Rngs(seed)
+    if study.student_filters:
+        return ConvNet(study.student_filters, study.student[-1], classes, shape=shape, rngs=rngs)
+    return models.MLP(study.student, classes, in_features=int(np.prod(shape)), rngs=rngs)

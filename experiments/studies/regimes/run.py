@@ -18,8 +18,6 @@ from .study import (
     LABEL_FREE,
     LABELLED,
     LAMBDAS,
-    RATES,
-    SHIFTS,
     SMOKE_COEFS,
     SMOKE_METHODS,
     SMOKE_ROWS,
@@ -40,7 +38,7 @@ def run(
 ) -> Iterator[Store]:
     """Train what is missing of the regimes; yield each one's numbers when they are whole."""
     study = smoked(STUDIES[dataset_name]) if smoke else STUDIES[dataset_name]
-    dataset = load(dataset_name, data_dir)
+    dataset = load(dataset_name.removesuffix("-conv"), data_dir)
     if smoke:
         dataset = dataclasses.replace(dataset, test=tuple(part[:200] for part in dataset.test))
     folder = out / dataset_name
@@ -52,14 +50,12 @@ def run(
             "dataset": dataset_name,
             "regime": regime,
             "study": dataclasses.asdict(study),
-            "lambdas": [*LAMBDAS, *AUTO],
-            "rates": RATES,
             "teacher_accuracy": teacher,
         }
         is_shift = regime == "shift"
-        names = [f"shift-{name}" for name in SHIFTS] if is_shift else [regime]
+        names = [f"shift-{name}" for name in study.shifts] if is_shift else [regime]
         for name in names[:1] if smoke else names:
-            order = tuple(adapted.METHODS if is_shift else ROWS)
+            order = adapted.methods_of(study) if is_shift else rows_of(regime, study)
             store = Store(folder / f"{name}.json", about | {"regime": name}, order)
             _fill(store, name, seen, study, range(1 if smoke else seeds), smoke=smoke)
             yield store
@@ -72,13 +68,14 @@ def _fill(
     if regime.startswith("shift-"):
         _fill_shift(store, regime.removeprefix("shift-"), seen, study, seeds, smoke=smoke)
         return
-    rows = SMOKE_ROWS if smoke else rows_of(regime)
+    rows = SMOKE_ROWS if smoke else rows_of(regime, study)
     missing = [(row, s) for row in rows for s in seeds if not store.has(row, s)]
     for row, seed in _shown(missing, f"{seen.dataset.name}, {regime}"):
         if regime == LABEL_FREE:
             found = labelled.label_free(seen, study, ROWS[row], seed)
         else:
-            coefs = SMOKE_COEFS if smoke else (*LAMBDAS, *AUTO)
+            coefs = (study.coefs[row],) if study.coefs else (*LAMBDAS, *AUTO)
+            coefs = SMOKE_COEFS if smoke else coefs
             found = labelled.trained(seen, study, regime, ROWS[row], seed, coefs)
         store.put(row, seed, found)
 
@@ -87,7 +84,7 @@ def _fill_shift(
     store: Store, name: str, seen: World, study: Study, seeds: Sequence[int], *, smoke: bool
 ) -> None:
     """Train what a shifted domain lacks: seed by seed, because the source is a seed's."""
-    methods = SMOKE_METHODS if smoke else adapted.METHODS
+    methods = SMOKE_METHODS if smoke else adapted.methods_of(study)
     for seed in seeds:
         missing = [row for row in methods if not store.has(row, seed)]
         if not missing:
@@ -97,12 +94,12 @@ def _fill_shift(
             store.put(row, seed, adapted.adapted(seen, study, place, adapted.METHODS[row], seed))
 
 
-def rows_of(regime: str) -> tuple[str, ...]:
+def rows_of(regime: str, study: Study) -> tuple[str, ...]:
     """Return the rows of a regime with labels, or of the one without any."""
-    if regime in LABELLED:
-        return tuple(ROWS)
-    skipped = ("none, validation labels trained on",)
-    return tuple(row for row in ROWS if row not in skipped)
+    if study.coefs:
+        return tuple(study.coefs)
+    skipped = "none, validation labels trained on"
+    return tuple(row for row in ROWS if regime in LABELLED or row != skipped)
 
 
 def _shown(work: Sequence[Any], title: str):

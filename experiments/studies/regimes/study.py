@@ -11,7 +11,8 @@ AUTO = ("auto:0.1", "auto:1")
 # Learning rates of the adaptation to a shifted domain, likewise.
 RATES, FIXED_RATE = (3e-4, 1e-3, 3e-3), 1e-3
 RATE = 1e-3  # of everything else
-CURVE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+# The finer grid of a row whose curve is drawn.
+CURVE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 NOISE = 0.4
 CONFIDENT = 0.9
 
@@ -39,6 +40,12 @@ class Study:
       held: training images that no teacher and no student is trained on, for validation.
       labels: per regime, the numbers of labels to train on and to choose lambda by.
       shifted_labels: labelled images of the shifted domain, to choose the learning rate by.
+      student_filters: convolutions of the student, with BatchNorm, before a last hidden layer; of
+        none it is an MLP.
+      coefs: the rows that are trained, each at one lambda; none: all rows, at all lambdas.
+      shifts: the domains.
+      rates: the learning rates of the adaptation.
+      methods: the ways to adapt; none: all that suit the student.
     """
 
     student: tuple[int, ...]
@@ -53,6 +60,11 @@ class Study:
     held: int
     labels: dict[str, tuple[int, int]]
     shifted_labels: int = 200
+    student_filters: tuple[int, ...] = ()
+    coefs: dict[str, float] = dataclasses.field(default_factory=dict)
+    shifts: tuple[str, ...] = SHIFTS
+    rates: tuple[float, ...] = RATES
+    methods: tuple[str, ...] = ()
 
 
 STUDIES = {
@@ -97,6 +109,28 @@ STUDIES = {
             "noise": (4000, 1000),
             "full": (40_000, 5000),
         },
+    ),
+    # A step takes long here: one lambda per row, the one that most seeds of the MLP chose.
+    "cifar10-conv": Study(
+        student=(64,),
+        student_filters=(16, 32, 64),
+        filters=(32, 64, 128),
+        teacher_epochs=12,
+        steps=800,
+        full_steps=1000,
+        adaptation_steps=300,
+        held=10_000,
+        labels={"transfer": (800, 200)},
+        coefs={"none": 0.0, "l2": 1.0, "cw2": 1.0, "kd": 10.0, "procrustes": 1.0},
+        shifts=("rotation", "noise"),
+        rates=(FIXED_RATE,),
+        methods=(
+            "nothing",
+            "BatchNorm statistics",
+            "information maximisation",
+            "w2",
+            "gaussian-cw2, statistics, balanced",
+        ),
     ),
 }
 
