@@ -30,6 +30,7 @@ from kd2m_jax.losses._objective import LossTerms as LossTerms
 from kd2m_jax.losses._objective import distillation_loss as distillation_loss
 from kd2m_jax.losses._pointwise import l2 as l2
 from kd2m_jax.losses._published import published as published
+from kd2m_jax.losses._sliced import scf as scf
 from kd2m_jax.losses._sliced import sw2 as sw2
 from kd2m_jax.losses._solvers import TransportInfo as TransportInfo
 from kd2m_jax.losses._statistics import ClassStatistics as ClassStatistics

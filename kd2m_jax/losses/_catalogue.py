@@ -11,7 +11,7 @@ from kd2m_jax.losses._logits import kd, wkd_l
 from kd2m_jax.losses._maps import nst, wkd_f
 from kd2m_jax.losses._mmd import KERNELS, cmmd, mmd
 from kd2m_jax.losses._pointwise import l2
-from kd2m_jax.losses._sliced import sw2
+from kd2m_jax.losses._sliced import scf, sw2
 from kd2m_jax.losses._transport import cw2, jw2, w2
 
 
@@ -94,6 +94,11 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "sw2": MetricInfo(
         sw2, "mean over directions of w2 in one dimension", "Rabin et al., SSVM 2011"
+    ),
+    "scf": MetricInfo(
+        scf,
+        "mean over directions of sum_t v(t) |phi_S(t) - phi_T(t)|^2",
+        "Epps & Pulley, Biometrika 1983; LeJEPA, arXiv 2511.08544 (one sample)",
     ),
     "gaussian-w2": MetricInfo(
         gaussian_w2, "|mu_S - mu_T|^2 + Tr(S_S + S_T - 2 (S_S^1/2 S_T S_S^1/2)^1/2)", KD2M

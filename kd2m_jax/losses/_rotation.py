@@ -41,6 +41,8 @@ def turned(
       groups: the classes.
       coupled: from rows centred by class to ``P^T X``, ``[m, d]``, of the distance's coupling P.
     """
+    # Seen from one of them, equal rows are zeros, which a mean that is rounded does not give.
+    z_s, z_t = (z - jax.lax.stop_gradient(z[:1]) for z in (z_s, z_t))
     x, y = jax.lax.stop_gradient((z_s, z_t))
     weight_s, weight_t = groups.weight_s[:, None], groups.weight_t[:, None]
     centre_s, centre_t = (

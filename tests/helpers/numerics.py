@@ -53,6 +53,7 @@ LAWS = {
     "lohit": Law(zero=False, power=2),
     "gw2": Law(power=2),
     "sw2": SQUARED,
+    "scf": Law(symmetric=True, power=0),
     "gaussian-w2": SQUARED,
     "gaussian-cw2": SQUARED,
     "gaussian-kl": Law(power=0),

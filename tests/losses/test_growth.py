@@ -24,6 +24,7 @@ GROWTH = {
     "lohit": QUADRATIC,
     "gw2": ((3, 1, 0), (2, 1, 0)),
     "sw2": LINEAR,
+    "scf": LINEAR,
     "gaussian-w2": LINEAR,
     "gaussian-w2:covariance=diagonal": LINEAR,
     "gaussian-cw2": ((3, 1, 0), (2, 1, 0)),

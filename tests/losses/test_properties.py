@@ -30,6 +30,7 @@ NUMBERS = {
     "degree": (1, 3),
     "offset": (0.0,),
     "projections": (16,),
+    "frequencies": (8,),
     "mean_coef": (1.0,),
     "target_coef": (0.0,),
     "n_iters": (3,),

@@ -4,6 +4,7 @@ Slow on purpose and shares nothing with the library.
 """
 
 import numpy as np
+import scipy.integrate
 import scipy.linalg
 
 
@@ -36,3 +37,33 @@ def cka(z_s, z_t):
 
     k, other = z_s @ z_s.T, z_t @ z_t.T
     return 1 - hsic(k, other) / np.sqrt(hsic(k, k) * hsic(other, other))
+
+
+def scf(z_s, z_t, directions, *, frequencies=16, unit=None):
+    """Integrate over -5 to 5 by the trapezoidal rule, line by line; a unit given is frozen."""
+    unit = line_unit(z_s, z_t) if unit is None else unit
+    t = np.linspace(-5, 5, 2 * frequencies + 1)
+    density = np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi)
+    values = []
+    for theta in directions.T:
+        x, y = z_s @ theta / unit, z_t @ theta / unit
+        phi_s, phi_t = (np.exp(1j * np.outer(t, a)).mean(1) for a in (x, y))
+        values.append(scipy.integrate.trapezoid(density * np.abs(phi_s - phi_t) ** 2, t))
+    return np.mean(values)
+
+
+def sliced_mmd(z_s, z_t, directions):
+    """Average the MMD^2 of each line with a Gaussian kernel, over all pairs."""
+    unit = line_unit(z_s, z_t)
+
+    def mean(a, b):
+        return np.exp(-((a[:, None] - b[None, :]) ** 2) / 2).mean()
+
+    lines = [(z_s @ theta / unit, z_t @ theta / unit) for theta in directions.T]
+    return np.mean([mean(x, x) + mean(y, y) - 2 * mean(x, y) for x, y in lines])
+
+
+def line_unit(z_s, z_t):
+    centre = (z_s.mean(0) + z_t.mean(0)) / 2
+    spreads = [((z - centre) ** 2).sum(1).mean() for z in (z_s, z_t)]
+    return np.sqrt(np.mean(spreads) / z_s.shape[1])
