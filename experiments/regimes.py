@@ -23,7 +23,7 @@ class Regimes(Flags):
     dataset: Literal["digits", "mnist", "cifar10", "cifar10-conv"] = "digits"
     """Which images; cifar10-conv has a convolutional student."""
     regimes: tuple[str, ...] = ("few", "transfer", "noise", "full", "label-free", "shift")
-    """Some of few, transfer, noise, full, label-free and shift."""
+    """Some of few, transfer, noise, full, label-free, shift, curve (over λ) and pairs."""
     seeds: int = 5
     """Seeds of the student and of the images that are drawn."""
     out: str = "runs/regimes"

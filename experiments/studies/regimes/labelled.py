@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from scipy import optimize
+from scipy.spatial import distance
 
 from kd2m_jax import NonFiniteLoss, Outputs, fit, outputs, predict
 
 from .networks import World, student
 from .rows import Row
 from .splits import Split, labelled
-from .study import AUTO, LABEL_FREE, LAMBDAS, RATE, Coefs, Study
+from .study import AUTO, FIXED, LABEL_FREE, LAMBDAS, PAIRED, RATE, Coefs, Study
 
 Tried = dict[str, list[float] | None]
 
@@ -113,6 +115,38 @@ def label_free(world: World, study: Study, row: Row, seed: int) -> dict[str, Any
     found = nearest_mean(features, classes, test_features)
     score = 100 * float(np.mean(found == world.test_y))
     return {"tried": {"none": (None, score)}, "cpu_seconds": round(time.process_time() - start, 1)}
+
+
+def paired(world: World, study: Study, row: Row, seed: int) -> dict[str, Any]:
+    """Look which of the teacher's classes optimal transport pairs a student's classes with.
+
+    Of a student with few labels whose distance, at lambda 1, sees images without: before and after
+    training, over the first test images.
+
+    Returns:
+      ``{"right": [before, after], "pairs": the counts after [true class][class of the teacher's
+      row], "tried": ..., "cpu_seconds": ...}``; right is the share of pairs of one class.
+    """
+    start = time.process_time()
+    split = labelled(study, "transfer", world.y, seed)
+    before = student(world.dataset, study, seed)
+    (after,) = _fitted(world, study, row, seed, split, (FIXED,))
+    x, y = world.test_x[:PAIRED], world.test_y[:PAIRED]
+    theirs = np.asarray(outputs(world.teacher, x).features)
+    partners = [_partners(np.asarray(outputs(m, x).features), theirs) for m in (before, after)]
+    pairs = np.zeros((y.max() + 1, y.max() + 1), int)
+    np.add.at(pairs, (y, y[partners[1]]), 1)
+    return {
+        "right": [float(np.mean(y == y[found])) for found in partners],
+        "pairs": pairs.tolist(),
+        "tried": {str(FIXED): [None, accuracy(after, world.test_x, world.test_y)]},
+        "cpu_seconds": round(time.process_time() - start, 1),
+    }
+
+
+def _partners(z_s: np.ndarray, z_t: np.ndarray) -> np.ndarray:
+    """Return the row that each row is moved to by the cheapest plan in squared distances."""
+    return optimize.linear_sum_assignment(distance.cdist(z_s, z_t, "sqeuclidean"))[1]
 
 
 def schedule(steps: int, rate: float) -> dict[str, Any]:

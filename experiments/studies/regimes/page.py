@@ -133,9 +133,45 @@ def draw(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
     figures.finish(figure, path)
 
 
+def draw_curves(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
+    """Draw test accuracy against lambda with what auto reaches, a panel per regime."""
+    names = [name for name in PANELS if (numbers.folder / dataset / f"curve-{name}.json").exists()]
+    figure, axes = figures.plt.subplots(
+        1, len(names), figsize=(5 * len(names), 3.4), squeeze=False, sharey=True
+    )
+    for axis, regime in zip(axes[0], names, strict=True):
+        rows = numbers.content(dataset, f"curve-{regime}")["rows"]
+        for (name, seeds), (colour, marker) in zip(rows.items(), figures.LINES, strict=False):
+            found = _by_lambda(seeds)
+            if "none" in found:
+                axis.axhline(found["none"]["mean"], color=figures.GREY, linewidth=1, label=name)
+                continue
+            fixed = {float(k): v for k, v in found.items() if k[0] != "a"}
+            axis.plot(fixed, [v["mean"] for v in fixed.values()], color=colour, marker=marker,
+                      markersize=4, linewidth=1.2, label=name)  # fmt: skip
+            for coef, style in (("auto:0.1", ":"), ("auto:1", "--")):
+                axis.axhline(found[coef]["mean"], color=colour, linestyle=style, linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xlabel("λ (dotted: auto:0.1, dashed: auto:1)")
+        axis.set_title(PANELS[regime], fontsize=10)
+    axes[0][0].set_ylabel("test accuracy (%)")
+    axes[0][0].legend(fontsize=8)
+    figures.finish(figure, path)
+
+
+def _by_lambda(seeds: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return each lambda's summary over seeds."""
+    names = next(iter(seeds.values()))["tried"]
+    return {
+        name: intervals.summary([(one["tried"][name] or [None, None])[1] for one in seeds.values()])
+        for name in names
+    }
+
+
 def write(folder: pathlib.Path, page: pathlib.Path) -> None:
     """Write the page from the text and the numbers in a folder, and its figure."""
     numbers = Numbers(folder)
     text = (folder / "page.txt").read_text(encoding="utf-8")
     files.write(page, filled(text, numbers))
     draw(numbers, "mnist", folder / "mnist.png")
+    draw_curves(numbers, "mnist", folder / "mnist-lambda.png")

@@ -15,9 +15,13 @@ from .rows import ROWS
 from .store import Store
 from .study import (
     AUTO,
+    CURVE,
+    CURVE_ROWS,
+    CURVES,
     LABEL_FREE,
     LABELLED,
     LAMBDAS,
+    PAIRS_ROWS,
     SMOKE_COEFS,
     SMOKE_METHODS,
     SMOKE_ROWS,
@@ -52,10 +56,10 @@ def run(
             "study": dataclasses.asdict(study),
             "teacher_accuracy": teacher,
         }
-        is_shift = regime == "shift"
-        names = [f"shift-{name}" for name in study.shifts] if is_shift else [regime]
+        parts = {"shift": study.shifts, "curve": CURVES}.get(regime)
+        names = [f"{regime}-{part}" for part in parts] if parts else [regime]
         for name in names[:1] if smoke else names:
-            order = adapted.methods_of(study) if is_shift else rows_of(regime, study)
+            order = adapted.methods_of(study) if regime == "shift" else rows_of(name, study)
             store = Store(folder / f"{name}.json", about | {"regime": name}, order)
             _fill(store, name, seen, study, range(1 if smoke else seeds), smoke=smoke)
             yield store
@@ -68,15 +72,19 @@ def _fill(
     if regime.startswith("shift-"):
         _fill_shift(store, regime.removeprefix("shift-"), seen, study, seeds, smoke=smoke)
         return
-    rows = SMOKE_ROWS if smoke else rows_of(regime, study)
+    rows = SMOKE_ROWS if smoke and regime != "pairs" else rows_of(regime, study)
     missing = [(row, s) for row in rows for s in seeds if not store.has(row, s)]
     for row, seed in _shown(missing, f"{seen.dataset.name}, {regime}"):
         if regime == LABEL_FREE:
             found = labelled.label_free(seen, study, ROWS[row], seed)
+        elif regime == "pairs":
+            found = labelled.paired(seen, study, ROWS[row], seed)
         else:
-            coefs = (study.coefs[row],) if study.coefs else (*LAMBDAS, *AUTO)
+            grid = CURVE if regime.startswith("curve-") else LAMBDAS
+            coefs = (study.coefs[row],) if study.coefs else (*grid, *AUTO)
             coefs = SMOKE_COEFS if smoke else coefs
-            found = labelled.trained(seen, study, regime, ROWS[row], seed, coefs)
+            labels = regime.removeprefix("curve-")
+            found = labelled.trained(seen, study, labels, ROWS[row], seed, coefs)
         store.put(row, seed, found)
 
 
@@ -98,6 +106,10 @@ def rows_of(regime: str, study: Study) -> tuple[str, ...]:
     """Return the rows of a regime with labels, or of the one without any."""
     if study.coefs:
         return tuple(study.coefs)
+    if regime.startswith("curve-"):
+        return CURVE_ROWS
+    if regime == "pairs":
+        return PAIRS_ROWS
     skipped = "none, validation labels trained on"
     return tuple(row for row in ROWS if regime in LABELLED or row != skipped)
 

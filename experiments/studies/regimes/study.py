@@ -11,8 +11,11 @@ AUTO = ("auto:0.1", "auto:1")
 # Learning rates of the adaptation to a shifted domain, likewise.
 RATES, FIXED_RATE = (3e-4, 1e-3, 3e-3), 1e-3
 RATE = 1e-3  # of everything else
-# The finer grid of a row whose curve is drawn.
+# Curves over lambda: their grid, the rows that are drawn, and the regimes.
+CURVE_ROWS, CURVES = ("none", "l2", "cw2", "kd", "procrustes"), ("transfer", "noise")
 CURVE = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+# Whom does the plan pair? The rows that are looked into, and of how many test images.
+PAIRS_ROWS, PAIRED = ("w2", "gaussian-w2", "cw2"), 1000
 NOISE = 0.4
 CONFIDENT = 0.9
 
@@ -20,7 +23,7 @@ CONFIDENT = 0.9
 LABELLED = ("few", "transfer", "noise", "full")
 LABEL_FREE = "label-free"
 SHIFTS = ("rotation", "noise", "translation", "blur", "rotation-unequal", "noise-unequal")
-REGIMES = (*LABELLED, LABEL_FREE, "shift")
+REGIMES = (*LABELLED, LABEL_FREE, "shift", "curve", "pairs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
