@@ -80,7 +80,7 @@ def _fitted(
         (world.x[train], split.labels[train]),
         **options,
         **schedule(study.steps, RATE),
-        batch_size=min(study.batch, len(train)),
+        batch_size=min(study.batch_beside if len(split.transfer) else study.batch, len(train)),
         seed=seed,
     )
     return [one.student for one in (results if isinstance(results, list) else [results])]

@@ -38,6 +38,7 @@ class Study:
       full_steps: of each student that has all labels.
       adaptation_steps: of each student that is adapted.
       batch: labelled images per step, or fewer where there are fewer.
+      batch_beside: the same where the distance sees other images.
       transfer_batch: images of the transfer set per step.
       adaptation_batch: shifted images per step.
       held: training images that no teacher and no student is trained on, for validation.
@@ -58,6 +59,7 @@ class Study:
     full_steps: int
     adaptation_steps: int
     batch: int = 128
+    batch_beside: int = 32
     transfer_batch: int = 128
     adaptation_batch: int = 256
     held: int
@@ -87,8 +89,8 @@ STUDIES = {
         student=(64, 64),
         filters=(16, 32, 64),
         teacher_epochs=6,
-        steps=800,
-        full_steps=2000,
+        steps=500,
+        full_steps=1500,
         adaptation_steps=500,
         held=10_000,
         labels={
@@ -102,8 +104,8 @@ STUDIES = {
         student=(256, 64),
         filters=(32, 64, 128),
         teacher_epochs=12,
-        steps=800,
-        full_steps=2000,
+        steps=500,
+        full_steps=1500,
         adaptation_steps=500,
         held=10_000,
         labels={
@@ -119,7 +121,7 @@ STUDIES = {
         student_filters=(16, 32, 64),
         filters=(32, 64, 128),
         teacher_epochs=12,
-        steps=800,
+        steps=500,
         full_steps=1000,
         adaptation_steps=300,
         held=10_000,
