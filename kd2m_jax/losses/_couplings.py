@@ -12,6 +12,7 @@ from kd2m_jax.losses._checks import choice, flag, number
 from kd2m_jax.losses._costs import PairCost
 from kd2m_jax.losses._groups import Groups
 from kd2m_jax.losses._numerics import HIGHEST
+from kd2m_jax.losses._rotation import turned
 from kd2m_jax.losses._solvers import (
     COUPLINGS,
     SOLVERS,
@@ -65,6 +66,28 @@ def transport(
         name = "sinkhorn" if solver == "auto" else solver
         value, info = _coupled(cost, groups, COUPLINGS[name], epsilon, x, y)
     return value if info is None or not has_aux else (value, info)
+
+
+def aligned(
+    make_cost: Callable[[Groups], PairCost],
+    z_s: jax.Array,
+    z_t: jax.Array,
+    groups: Groups,
+    solver: str,
+    epsilon: float,
+    debiased: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the clouds with the teacher's turned onto the student's, by the solver's coupling."""
+    solver = "sinkhorn" if debiased else solver  # the divergence's coupling
+
+    def coupled(x: jax.Array, y: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+        # Samples that the start's directions do not tell apart: as in the unturned spaces.
+        start = jnp.matmul(left, right.T, precision=HIGHEST) + 1e-3 * jnp.eye(len(left))
+        y = jnp.matmul(y, start.astype(y.dtype), precision=HIGHEST)
+        found: Any = transport(make_cost, x, y, groups, solver, epsilon, False, True)
+        return jnp.matmul(found[1].coupling.T, x, precision=HIGHEST)
+
+    return turned(z_s, z_t, groups, coupled)
 
 
 def _paired(cost: PairCost, groups: Groups, x: Any, y: Any) -> tuple[jax.Array, TransportInfo]:

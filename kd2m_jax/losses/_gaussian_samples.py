@@ -6,6 +6,8 @@ the number of classes does not show in the cost. One group of more samples than 
 d x d matrices.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,7 @@ from kd2m_jax.losses._polar import factors, unmatched
 from kd2m_jax.losses._rotation import turned
 from kd2m_jax.losses._statistics import COVARIANCES
 
+_dot = functools.partial(jnp.matmul, precision=HIGHEST)
 DIRECTIONS = ("student_teacher", "teacher_student")
 
 
@@ -39,11 +42,11 @@ def aligned(z_s: jax.Array, z_t: jax.Array, groups: Groups) -> tuple[jax.Array, 
     """Return the samples with the teacher's turned onto the student's, class by class."""
     root_s, root_t = (jnp.sqrt(w)[:, None] for w in (groups.weight_s, groups.weight_t))
 
-    def coupled(x: jax.Array, y: jax.Array) -> jax.Array:
-        x = x * root_s
-        left, right = factors(x, y * root_t, groups)
-        to_t = jnp.matmul(left.T, x, precision=HIGHEST)
-        return root_t * jnp.matmul(right, to_t, precision=HIGHEST)
+    def coupled(x: jax.Array, y: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+        x, y = x * root_s, y * root_t
+        # In the start's own directions: others are zeros here, and not rounding.
+        to_s, to_t = factors(_dot(x, right), _dot(y, left), groups)
+        return root_t * _dot(to_t, _dot(to_s.T, x))
 
     return *turned(z_s, z_t, groups, coupled), groups
 

@@ -134,9 +134,9 @@ def aligned(own: Classes, theirs: ClassStatistics) -> tuple[Classes, ClassStatis
     y = (roots * jnp.sqrt(own.share)[:, None, None]).reshape(k * d, d)
     groups = _groups(own, k, d)
 
-    def within(start: jax.Array) -> jax.Array:
-        left, right = factors(x, _dot(y, start), groups)
-        return _dot(_dot(y.T, right), _dot(left.T, x))
+    def within(left: jax.Array, right: jax.Array) -> jax.Array:
+        to_s, to_t = factors(_dot(x, right), _dot(y, left), groups)
+        return _dot(_dot(y.T, to_t), _dot(to_s.T, x))
 
     size_s, size_t = (
         jnp.sqrt(jnp.sum(share * mean**2) + jnp.sum(rows**2))

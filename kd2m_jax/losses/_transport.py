@@ -25,10 +25,8 @@ from kd2m_jax.losses._checks import (
     paired_logits,
 )
 from kd2m_jax.losses._costs import LABEL_COSTS, between_features, between_features_and_logits
-from kd2m_jax.losses._couplings import transport
+from kd2m_jax.losses._couplings import aligned, transport
 from kd2m_jax.losses._groups import by_class, by_classes_apart, everyone
-from kd2m_jax.losses._numerics import HIGHEST
-from kd2m_jax.losses._rotation import turned
 from kd2m_jax.losses._solvers import DEFAULT_SOLVER, TransportInfo
 
 WithInfo = tuple[jax.Array, TransportInfo]
@@ -205,13 +203,16 @@ def cw2(
     with more samples each come from `kd2m_jax.fit` with ``per_class=4``, say.
 
     With ``rotation=True`` it is a Wasserstein-Procrustes distance by class: both clouds are seen
-    from the mean of their class means, and the teacher's is turned by an orthogonal Q. First the
-    polar factor of ``1/K sum_y m_T,y^T m_S,y`` of the class means, then, with the coupling P
-    that the classes have under it, that of ``Z_T^T P^T Z_S``. This is a local optimum of
-    ``min_Q CW2^2(z_s, z_t Q)``; where class means coincide (a single class) it starts from the
-    spaces as they are. Q is a constant for the gradient, which is that of the value where P is
-    still the coupling under the last Q. The student then matches the teacher's classes in a
-    space of its own: a classifier of the teacher no longer fits its features.
+    from the mean of their class means, and the teacher's is turned by an orthogonal Q. A first Q
+    is the polar factor of ``1/K sum_y m_T,y^T m_S,y`` of the class means, in the K - 1 directions
+    that they span. The Q that counts is that of ``Z_T^T P^T Z_S``, with the coupling P within
+    classes that the first one gives. So Q and P are improved in turn, from the class means towards
+    a local optimum of ``min_Q CW2^2(z_s, z_t Q)``, which need not be the best one. What neither
+    determines (a single class, a collapsed network) stays as near to unturned as may be.
+
+    Q is a constant for the gradient. The gradient is that of the value where Q is the best one
+    for the last P too. What it gives up is the teacher's space: the student matches the classes
+    in a space of its own, and a classifier of the teacher no longer fits its features.
 
     Cost: as `w2`, whatever the number of classes; with rotation twice that, and time O(d^3).
 
@@ -256,19 +257,8 @@ def cw2(
     z_s, z_t = filled(keep, z_s, z_t)
     groups = by_class(labels, keep, z_s.dtype)
     if flag("rotation", rotation):
-        z_s, z_t = _aligned(z_s, z_t, groups, solver, epsilon, debiased)
+        z_s, z_t = aligned(between_features, z_s, z_t, groups, solver, epsilon, debiased)
     return transport(between_features, z_s, z_t, groups, solver, epsilon, debiased, has_aux)
-
-
-def _aligned(z_s, z_t, groups, solver, epsilon, debiased) -> tuple[jax.Array, jax.Array]:
-    """Return the clouds with the teacher's turned onto the student's, by the solver's coupling."""
-    solver = "sinkhorn" if debiased else solver  # the divergence's coupling
-
-    def coupled(x: jax.Array, y: jax.Array) -> jax.Array:
-        _, info = transport(between_features, x, y, groups, solver, epsilon, False, True)  # pyright: ignore
-        return jnp.matmul(info.coupling.T, x, precision=HIGHEST)
-
-    return turned(z_s, z_t, groups, coupled)
 
 
 def _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased, rotation) -> WithInfo:
@@ -282,7 +272,7 @@ def _apart(z_s, z_t, labels, labels_t, where, solver, epsilon, debiased, rotatio
     groups = by_classes_apart(labels, labels_t, z_s.dtype)
     (z_s,), (z_t,) = filled(groups.keep, z_s), filled(groups.keep_t, z_t)
     if flag("rotation", rotation):
-        z_s, z_t = _aligned(z_s, z_t, groups, solver, epsilon, debiased)
+        z_s, z_t = aligned(between_features, z_s, z_t, groups, solver, epsilon, debiased)
     found = transport(between_features, z_s, z_t, groups, solver, epsilon, debiased, True)
     value, info = found  # pyright: ignore[reportGeneralTypeIssues, reportAssignmentType]
     return value, info._replace(coupling=info.coupling[:n, :m])

@@ -114,7 +114,7 @@ def transported(p, q):
     return len(p) * plan(distances(p, q))
 
 
-def rotation(x, y, labels, couple=transported):
+def rotation(x, y, labels, couple, ties):
     """Return both clouds about their centres, the second one turned onto the first, and the turn.
 
     It is that of the class means, then that of means and coupling, class by class.
@@ -125,10 +125,11 @@ def rotation(x, y, labels, couple=transported):
     between = (means_y - means_y.mean(0)).T @ (means_x - means_x.mean(0)) / len(classes)
     u, s, vt = np.linalg.svd(between)
     r = (s > 1e-9).sum()
-    turn = u[:, :r] @ vt[:r] + 1e-3 * np.eye(x.shape[1])
+    turn = u[:, :r] @ vt[:r] + ties * np.eye(x.shape[1])
     cross = between
     for c in classes:
         p, q = x[c] - x[c].mean(0), y[c] - y[c].mean(0)
         cross = cross + q.T @ couple(p, q @ turn).T @ p / (len(p) * len(classes))
-    turn, _ = scipy.linalg.polar(cross)
+    # What is left open stays as it is.
+    turn, _ = scipy.linalg.polar(cross + 1e-8 * np.linalg.norm(cross) * np.eye(len(cross)))
     return x, y @ turn, turn
