@@ -115,7 +115,7 @@ CITES = {
     "Balas et al.": "balas1991",
     "Xie et al.": "xie2019",
     "Dowson & Landau": "dowson1982",
-    "Kornblith et al.": "kornblith2019",
+    "Kornblith et al.": "kornblith2019similarity",
     "Redko, Habrard & Sebban": "redko2017",
 }
 
