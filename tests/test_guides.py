@@ -232,6 +232,21 @@ def test_a_teacher_in_torch():
 
 
 @pytest.mark.slow
+def test_a_teacher_of_timm():
+    """With random weights, and features alone as the page says: its classes are others."""
+    pytest.importorskip("timm")
+    x = np.random.default_rng(0).normal(size=(32, 32, 32, 3)).astype(np.float32)
+    space = {"x": x, "Outputs": kd2m_jax.Outputs}
+    exec(BLOCKS["A teacher of timm"].replace("pretrained=True", "pretrained=False"), space)
+    assert space["seen"].features.shape == (32, 512) and space["seen"].logits.shape == (32, 1000)
+    student = kd2m_jax.projected(models.resnet8(3, rngs=nnx.Rngs(0)), 512)
+    alone = kd2m_jax.Outputs(space["seen"].features)
+    options = {"metric": "cw2", "coef": 0.01, "epochs": 1, "batch_size": 16}
+    result = kd2m_jax.fit(student, (x, np.arange(32) % 3), teacher=alone, **options)
+    assert np.isfinite(result.history[-1]["loss"])
+
+
+@pytest.mark.slow
 def test_the_tutorial_with_a_teacher_in_torch(tmp_path, monkeypatch):
     """It runs, in few epochs; the outputs that the page shows are of a whole run."""
     torch = pytest.importorskip("torch")

@@ -1,8 +1,11 @@
 """The site: every public name is on an API page, every page can be reached, code fits its width."""
 
 import inspect
+import json
 import re
 from pathlib import Path
+
+import numpy as np
 
 import kd2m_jax
 from experiments.__main__ import NAMES
@@ -77,3 +80,42 @@ def test_the_lines_of_examples_fit():
         for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
             long += [(page, line) for line in block.splitlines() if len(line) > LIMIT]
     assert long == []
+
+
+def result(name):
+    return json.loads((DOCS / "results" / f"{name}.json").read_text())
+
+
+def row(page, start):
+    """Return the cells of the table row of a page that starts so."""
+    (line,) = (s for s in (DOCS / f"{page}.md").read_text().splitlines() if s.startswith(start))
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def spread(accuracies):
+    accuracies = 100 * np.array(accuracies)
+    return f"{accuracies.mean():.1f}% ± {accuracies.std(ddof=1):.1f}"
+
+
+def test_the_results_page_has_what_the_studies_wrote():
+    few, turned = result("few_labels"), result("shifted_domain")
+    cifar = result("h200")["cifar10"]["test accuracy per epoch, %"]
+    rows = {
+        "| MNIST, 100 labels": [spread(few["alone"]), spread(few["with a transfer set"])],
+        "| MNIST turned": [spread(turned["turned"]), spread(turned["from a bank"])],
+        "| CIFAR-10, all labels": [f"{cifar[k][-1]:.2f}%" for k in ("student", "jw2")],
+    }
+    for start, cells in rows.items():
+        assert row("results", start)[1:3] == cells
+
+
+def test_the_table_of_solvers_has_what_the_study_wrote():
+    for name, found in result("solvers").items():
+        data, metric, *rest = re.split("[:,] ", name)
+        lam = rest[0] if rest else "λ 1e-3"
+        start = f"| {data.replace('mnist', 'MNIST')}, `{metric}`, {lam} |"
+        _, exact, sinkhorn, difference, _ = row("solvers", start)
+        assert exact == f"{found['exact'][-1]:.2f}%"
+        assert sinkhorn == f"{found['sinkhorn'][-1]:.2f}%"
+        half = f"{found['its 95% half-width']:.2f}"
+        assert difference.endswith(f"± {half}"), name

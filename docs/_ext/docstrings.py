@@ -72,6 +72,23 @@ FORMULAS = {
         r" + \|\sigma_S - \sigma_T\|^2\right)"
     ),
     "1/n sum_i ||z_s,i - z_t,i||^2": r"\frac1n \sum_i \|z_i^S - z_i^T\|^2",
+    "|R_S(loss) - R_T(loss)| <= W <= L2": r"|R_S(\ell) - R_T(\ell)| \le W \le L_2",
+    "k(x, y) = exp(-||x - y||^2 / (2 bandwidth^2)) = <phi(x), phi(y)>": (
+        r"k(x, y) = \exp\big(-\|x - y\|^2 / (2 \sigma^2)\big)"
+        r" = \langle\varphi(x), \varphi(y)\rangle, \ \sigma = \texttt{bandwidth}"
+    ),
+    "gap = |mean_i h(z_s,i) - mean_i h(z_t,i)|": (
+        r"\texttt{gap} = \Big|\frac1n \sum_i h(z_i^S) - \frac1n \sum_i h(z_i^T)\Big|"
+    ),
+    "h = (mean_i phi(z_s,i) - mean_i phi(z_t,i)) / MMD": (
+        r"h = \frac{1}{MMD} \Big(\frac1n \sum_i \varphi(z_i^S) - \frac1n \sum_i \varphi(z_i^T)\Big)"
+    ),
+    "w = min_P sum_ij P_ij ||phi(z_s,i) - phi(z_t,j)||": (
+        r"\texttt{w} = \min_P \sum_{ij} P_{ij} \, \|\varphi(z_i^S) - \varphi(z_j^T)\|"
+    ),
+    "l2 = (mean_i ||phi(z_s,i) - phi(z_t,i)||^2)^1/2": (
+        r"\texttt{l2} = \Big(\frac1n \sum_i \|\varphi(z_i^S) - \varphi(z_i^T)\|^2\Big)^{1/2}"
+    ),
     "C_ab = 1 - exp(-kappa (1 - CKA_ab))": (r"C_{ab} = 1 - \exp\big(-\kappa\,(1 - CKA_{ab})\big)"),
 }
 
@@ -98,7 +115,7 @@ CITES = {
     "Balas et al.": "balas1991",
     "Xie et al.": "xie2019",
     "Dowson & Landau": "dowson1982",
-    "Kornblith et al.": "kornblith2019",
+    "Kornblith et al.": "kornblith2019similarity",
     "Redko, Habrard & Sebban": "redko2017",
 }
 
