@@ -1,6 +1,7 @@
 """The command ``kd2m``: the experiments by their names, ``kd2m digits --metric=jw2``."""
 
 import importlib.util
+import os
 import runpy
 import sys
 
@@ -22,7 +23,11 @@ def main() -> None:
         return
     listing = importlib.import_module(f"{package}.__main__")
     if name in ("-h", "--help"):
-        print(listing.listed())
+        try:
+            print(listing.listed(), flush=True)
+        except BrokenPipeError:  # the reader, say head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         return
     if name not in listing.NAMES:
         from kd2m_jax.internal import did_you_mean

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from experiments import bound, digits, table
+from experiments import bound, digits, mnist, table
 from experiments.common import cli
 from experiments.runs import settings
 from kd2m_jax import NonFiniteLoss
@@ -17,7 +17,7 @@ def test_the_users_home_after_an_equals_sign(monkeypatch, tmp_path):
     found: list[settings.Settings] = []
     flags = ["--out=~/x", "--pretrained-teacher=~/w.pth", "--data-dir=~", "--metric=w2@logits"]
     monkeypatch.setattr(sys, "argv", ["main", *flags])
-    cli.main(digits.DEFAULTS, read, module="experiments.digits", description="")
+    cli.main(mnist.DEFAULTS, read, module="experiments.mnist", description="")
     run, networks = found[0].run, found[0].networks
     assert (run.out, run.data_dir) == (f"{tmp_path}/x", str(tmp_path))
     assert networks.pretrained_teacher == f"{tmp_path}/w.pth"
