@@ -21,6 +21,7 @@ def main() -> None:
 
         print(f"kd2m_jax {__version__}")
         return
+    sys.argv = [f"kd2m {name}", *flags]  # by which the experiments know what was typed
     listing = importlib.import_module(f"{package}.__main__")
     if name in ("-h", "--help"):
         try:
@@ -33,7 +34,6 @@ def main() -> None:
         from kd2m_jax.internal import did_you_mean
 
         _fail(f"there is no command {name!r}: {did_you_mean(name, listing.NAMES)}")
-    sys.argv = [f"kd2m {name}", *flags]
     runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 

@@ -171,7 +171,8 @@ def _pictures_in(folder: str, others: collections.Counter[str]) -> list[str]:
 def _counted(others: collections.Counter[str]) -> str:
     """Say how many files of which other kinds there are."""
     kinds = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(_NAMED))
-    return f"{others.total():,} files of other kinds ({kinds})"
+    total = others.total()
+    return f"{total:,} file{'s' * (total > 1)} of other kinds ({kinds})"
 
 
 def _check_readable(pictures: Pictures, seen: Seen, *, skip: bool) -> np.ndarray:

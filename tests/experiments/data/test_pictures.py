@@ -175,7 +175,7 @@ def test_what_is_wrong_with_a_folder_is_said(where, tmp_path):
     (tmp_path / "one" / "b" / "a.png").rename(tmp_path / "one" / "b" / "a.heic")
     assert "pictures in only one folder, a: it takes" in message(train=str(tmp_path / "one"))
     (tmp_path / "one" / "a" / "a.png").unlink()
-    assert "no pictures, but 1 files of other kinds (1 .heic)" in message(
+    assert "no pictures, but 1 file of other kinds (1 .heic)" in message(
         train=str(tmp_path / "one")
     )
 
@@ -186,10 +186,10 @@ def test_what_is_found_and_what_is_left_out_is_said(where, capsys):
     (where / "train" / "empty").rmdir()
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        f"--train={where}/train: left out 1 files of other kinds (1 .txt): "
+        f"--train={where}/train: left out 1 file of other kinds (1 .txt): "
         "it takes png, jpg, jpeg, webp",
         f"--train={where}/train: no picture in empty: no class",
-        f"--test={where}/test: left out 1 files of other kinds (1 .txt): "
+        f"--test={where}/test: left out 1 file of other kinds (1 .txt): "
         "it takes png, jpg, jpeg, webp",
         "3 classes: 12 pictures to train on, 33 without a label, 15 to test on",
     ]
