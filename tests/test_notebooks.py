@@ -1,7 +1,8 @@
 """The notebooks: each .ipynb in step with its script, small, and running from top to bottom.
 
 After a change to a script, ``python tests/test_notebooks.py [NAME ...]`` brings its notebook in
-step, executes it and writes the outputs.
+step, executes it and writes the outputs; ``--address`` puts the repository's address, which
+pyproject.toml has, into all of them and executes nothing.
 """
 
 import ast
@@ -14,6 +15,7 @@ import re
 import resource
 import sys
 import time
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,9 @@ TITLES = {
     "reproduce_the_paper": "From run folders to the paper's table, figure and bound",
 }
 NAMES = tuple(TITLES)
+# What their first cell installs. Where there is no address yet: a clone, as Colab makes it.
+ADDRESS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"].get("Repository")
+PACKAGE = f"git+{ADDRESS}" if ADDRESS else "/content/kd2m_jax"
 LIMIT = 400_000  # bytes of a notebook with its outputs
 SECONDS = 90  # to run one, on two cores
 
@@ -107,7 +112,7 @@ def test_the_first_cell_installs_on_colab_alone(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.colab", sys)
     namespace = {}
     exec(first, namespace)
-    assert commands and commands[0][-1] == namespace["PACKAGE"]
+    assert commands and commands[0][-1] == namespace["PACKAGE"] == PACKAGE
     # The versions that are there stay, because a GPU plugin fits one version of JAX.
     assert {f"{p}=={version(p)}" for p in ("jax", "jaxlib", "flax", "numpy")} <= {*commands[0]}
     # The same cell in all, with the address in one place, and a way out where it fails.
@@ -205,6 +210,29 @@ def small(png):
     return base64.b64encode(file.getvalue()).decode()
 
 
+def with_address(first_cell, package=PACKAGE):
+    """Return the first cell's code with what it is to install."""
+    return re.sub(r"^PACKAGE = .*$", f'PACKAGE = "{package}"', first_cell, flags=re.MULTILINE)
+
+
+def test_the_address_is_put_in():
+    first = sources(jupytext.read(NOTEBOOKS / f"{NAMES[0]}.py"), "code")[0]
+    assert with_address(first) == first
+    changed = with_address(first, "somewhere/else")
+    assert [line for line in changed.splitlines() if line not in first.splitlines()] == [
+        'PACKAGE = "somewhere/else"'
+    ]
+
+
+def put_address(name):
+    """Write the address into a script and its notebook, whose outputs stay."""
+    script = NOTEBOOKS / f"{name}.py"
+    script.write_text(with_address(script.read_text()))
+    notebook = nbformat.read(script.with_suffix(".ipynb"), 4)
+    notebook.cells[0].source = with_address(notebook.cells[0].source)
+    nbformat.write(notebook, script.with_suffix(".ipynb"))
+
+
 def write(name, folder):
     """Execute a script and write it with its outputs as a notebook."""
     notebook = execute(jupytext.read(NOTEBOOKS / f"{name}.py"), folder)
@@ -220,6 +248,10 @@ def write(name, folder):
 if __name__ == "__main__":
     import tempfile
 
+    if sys.argv[1:] == ["--address"]:
+        for name in NAMES:
+            put_address(name)
+        sys.exit()
     for name in sys.argv[1:] or NAMES:
         with tempfile.TemporaryDirectory() as folder:
             write(name, folder)

@@ -88,7 +88,7 @@ def _numbers(one: Trained, logits: np.ndarray, labels: np.ndarray) -> dict[str, 
 def _text(name: str, value: float) -> str:
     if name == "parameters":
         return f"{value:,}"
-    return f"{value:.2f}" if " per " in name else f"{value:.2f}%"
+    return f"{value:.3g}" if " per " in name else f"{value:.2f}%"
 
 
 def _confusion(labels: np.ndarray, predicted: np.ndarray, count: int) -> np.ndarray:
@@ -121,7 +121,7 @@ def _figure(student: Trained, confusion: np.ndarray) -> None:
     figure, axis = figures.plt.subplots(figsize=(side + 1, side))
     picture = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     if count <= 40:
-        names = [name[:14] for name in student.classes]
+        names = [figures.plain(name, 14) for name in student.classes]
         axis.set_xticks(range(count), names, rotation=90, fontsize=8)
         axis.set_yticks(range(count), names, fontsize=8)
     if count <= 12:

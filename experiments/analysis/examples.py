@@ -19,7 +19,10 @@ def examples(
     images = folder.config.images
     if other is None:
         dataset = known(folder, data_dir)
-        return dataset, dataset.test if images is None else own(folder).test
+        try:
+            return dataset, dataset.test if images is None else own(folder).test
+        except UsageError as error:
+            raise UsageError(f"{error}; --test=DIR names other pictures to evaluate on") from error
     if images is None:
         raise UsageError("--test takes pictures, and the run is of another kind of data")
     _, paths, labels = listed("--test", other, tuple(images["classes"]))
@@ -35,6 +38,6 @@ def own(folder: RunFolder) -> Dataset:
     if dataset.digest != config.data_sha256:
         raise UsageError(
             f"--run {folder.path} was trained on other pictures than there are in "
-            f"{config.images['train']} now: name some with --test"
+            f"{config.images['train'] or config.images['dataset']} now"
         )
     return dataset

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ..common import files
 from ..common.errors import UsageError
 from .trained import Trained
 
@@ -43,7 +44,7 @@ def description(one: Trained) -> dict[str, Any]:
 
 def _safetensors(one: Trained, file: pathlib.Path) -> None:
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError as error:
         raise UsageError("--format=safetensors needs it: pip install safetensors") from error
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(one.module))
@@ -52,7 +53,7 @@ def _safetensors(one: Trained, file: pathlib.Path) -> None:
         for path, leaf in leaves
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     }
-    save_file(named, file, metadata={"kd2m_jax": json.dumps(description(one))})
+    files.write(file, save(named, metadata={"kd2m_jax": json.dumps(description(one))}))
 
 
 def _program(one: Trained, file: pathlib.Path) -> None:
@@ -62,6 +63,6 @@ def _program(one: Trained, file: pathlib.Path) -> None:
     program = export.export(jax.jit(lambda x: one(x).logits), platforms=("cpu", "cuda", "tpu"))
     exported = program(jax.ShapeDtypeStruct((n, *one.shape), jnp.uint8))
     try:
-        file.write_bytes(exported.serialize())
+        files.write(file, bytes(exported.serialize()))
     except ImportError as error:
         raise UsageError("--format=jax needs flatbuffers: pip install flatbuffers") from error

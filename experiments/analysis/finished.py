@@ -17,6 +17,7 @@ from ..runs import restore
 from ..runs.build import Plan, build
 from ..runs.folder import ALONE, RunFolder
 from .examples import own
+from .trained import check_data_dir
 
 
 class Finished(NamedTuple):
@@ -41,6 +42,7 @@ def finished(path: str | pathlib.Path, data_dir: str | None) -> Finished:
     config = folder.config
     if config.metric == ALONE:
         raise UsageError(f"--run {path} has no distilled student: its metric is none")
+    check_data_dir(config, data_dir)
     dataset = load(config.dataset, data_dir) if config.images is None else own(folder)
     if config.images is None and config.train_examples is not None:
         dataset = shortened(dataset, config.train_examples)

@@ -73,7 +73,8 @@ def run_folder(path: str) -> RunFolder:
         raise UsageError(f"there is no folder --run {path}")
     if not folder.finished and (folder.path / "config.json").exists():
         raise UsageError(
-            f"the run in --run {path} is not finished: its command with --resume continues it"
+            f"the run in --run {path} did not come to its end: its command with --resume "
+            "continues it, unless it diverged"
         )
     if not folder.finished:
         raise UsageError(f"--run {path} is not the folder of a finished run")
@@ -102,9 +103,16 @@ def trained(folder: RunFolder, dataset: Dataset, which: str | None = None) -> Tr
     )
 
 
+def check_data_dir(config: RunConfig, data_dir: str | None) -> None:
+    """Raise UsageError for a folder of tensorflow-datasets where a run has other data."""
+    if data_dir is not None and config.dataset in ("digits", "images"):
+        raise UsageError(f"--data-dir has no meaning for a run on {config.dataset}")
+
+
 def known(folder: RunFolder, data_dir: str | None) -> Dataset:
     """Return what a run's networks need to know of its data: of one's own pictures, no picture."""
     config = folder.config
+    check_data_dir(config, data_dir)
     if config.images is None:
         return load(config.dataset, data_dir)
     images = config.images

@@ -1,26 +1,14 @@
 """The command line that every main shares: flags with defaults, and one line for a mistake."""
 
 import ctypes
-import dataclasses
-import difflib
 import itertools
 import logging
 import os
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    NoReturn,
-    Self,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn, Self, TypeVar
 
 import tyro
 
@@ -28,6 +16,7 @@ from kd2m_jax.internal import is_address, set_compiler_flags
 
 from .errors import DataError, UsageError, command
 from .files import read_object
+from .mistakes import mistake
 
 FlagsT = TypeVar("FlagsT", bound="Flags")
 
@@ -62,8 +51,10 @@ def main(
         print(f"kd2m_jax {__version__}")
         return
     _refuse_addresses(arguments)
-    defaults, arguments = _with_config(defaults, arguments)
-    _refuse_unknown(arguments, dict(_flags(type(defaults))))
+    if wrong := mistake(arguments, defaults):
+        _fail(wrong)
+        sys.exit(2)
+    defaults = _with_config(defaults, arguments)
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"  # tyro looks at nothing else
     settings = _read(
@@ -120,56 +111,18 @@ def _quiet_end() -> NoReturn:
     sys.exit(141)
 
 
-def _with_config(defaults: FlagsT, arguments: list[str]) -> tuple[FlagsT, list[str]]:
+def _with_config(defaults: FlagsT, arguments: list[str]) -> FlagsT:
     """Take the defaults from a run's config.json where ``--config`` names one."""
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag == "--config":
-            rest = arguments[i + 1 :] if equals else arguments[i + 2 :]
-            file = value if equals else "".join(arguments[i + 1 : i + 2])
-            try:
-                return defaults.configured(read_object(pathlib.Path(file))), arguments[:i] + rest
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                _fail(f"--config {file} cannot be used: {reason}")
-                sys.exit(2)
-    return defaults, arguments
-
-
-def _flags(kind: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Give the flags that a dataclass of dataclasses makes: their names, and choices if any."""
-    hints = get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from _flags(hint)
-        else:
-            yield (
-                field.name.replace("_", "-"),
-                get_args(hint) if get_origin(hint) is Literal else (),
-            )
-
-
-def _refuse_unknown(arguments: list[str], flags: dict[str, tuple[Any, ...]]) -> None:
-    """End with one line, which names the nearest, for a flag or a choice that there is not."""
-    for argument, after in itertools.zip_longest(arguments, arguments[1:]):
-        name, equals, value = argument.partition("=")
-        name = name.removeprefix("--").replace("_", "-")
-        if not argument.startswith("--") or not name or name == "help":
-            continue
-        value, choices = value if equals else after, flags.get(name, ())
-        if name not in flags:
-            _fail(f"there is no flag --{name}{_nearest(name, flags, '--')}")
+    pairs = [argument.partition("=")[::2] for argument in arguments]
+    pairs += itertools.pairwise(arguments)
+    for file in [value for flag, value in pairs if flag == "--config" and value]:
+        try:
+            defaults = defaults.configured(read_object(pathlib.Path(file)))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            _fail(f"--config {file} cannot be used: {reason}")
             sys.exit(2)
-        if choices and value is not None and value not in map(str, choices):
-            hint = _nearest(value, choices) or f": one of {', '.join(map(str, choices))}"
-            _fail(f"--{name} cannot be {value!r}{hint}")
-            sys.exit(2)
-
-
-def _nearest(word: str, known: Iterable[Any], before: str = "") -> str:
-    near = difflib.get_close_matches(word, [str(one) for one in known], 2)
-    return f": did you mean {' or '.join(before + one for one in near)}?" if near else ""
+    return defaults
 
 
 def _quiet_threads() -> None:

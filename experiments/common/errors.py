@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 # Where the experiments are: "experiments" in a clone, "kd2m_jax.experiments" of a wheel.
@@ -10,7 +11,8 @@ ROOT = __name__.removesuffix(".common.errors")
 
 def command(main: str) -> str:
     """Return what a user types for a main, "experiments.digits", and what follows it."""
-    return f"python -m {main}" if ROOT == "experiments" else f"kd2m {main.partition('.')[2]}"
+    by_name = ROOT != "experiments" or sys.argv[0].startswith("kd2m ")  # in a clone, both work
+    return f"kd2m {main.partition('.')[2]}" if by_name else f"python -m {main}"
 
 
 class UsageError(ValueError):

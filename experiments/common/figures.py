@@ -1,6 +1,7 @@
 """What all figures share: the backend, one palette for colour-blind readers, axes and saving."""
 
 import pathlib
+import warnings
 
 import matplotlib
 
@@ -40,6 +41,14 @@ def finish(figure, path: pathlib.Path) -> None:
     """Drop the upper and the right frame, save the figure and close it."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        # Names of classes may have letters that the font lacks: they are boxes.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.tight_layout()
+        figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plain(text: str, length: int) -> str:
+    """Return a name of the user's, cut off, that matplotlib does not take for a formula."""
+    return text[:length].replace("$", r"\$")

@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 
-def write(path: pathlib.Path, text: str) -> None:
+def write(path: pathlib.Path, content: str | bytes) -> None:
     """Write a file beside its place and rename it, on disk: a kill leaves the old one or this."""
     scratch = path.with_name(f"{path.name}.tmp")
-    with scratch.open("w", encoding="utf-8") as out:
-        out.write(text)
+    with scratch.open("wb") as out:
+        out.write(content if isinstance(content, bytes) else content.encode())
         out.flush()
         os.fsync(out.fileno())
     scratch.replace(path)

@@ -1,5 +1,6 @@
 """A data set of one's own: a folder of pictures per class."""
 
+import collections
 import dataclasses
 import os
 from typing import Any
@@ -11,6 +12,7 @@ from .pictures import Pictures, Seen, look
 from .specs import Dataset, sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 _NAMED = 5  # of the files that cannot be read
 
 
@@ -60,10 +62,17 @@ def load_folders(folders: Folders, *, progress: bool = True) -> Dataset:
     if not is_test.any():
         is_test = _part(rng, labels, readable, classes, folders.val_fraction)
     train, test = np.flatnonzero(readable & ~is_test), np.flatnonzero(readable & is_test)
+    if not len(test):
+        raise UsageError("no picture to test on is left")
     _check_classes(labels[train], classes)
     labelled, transfer = train, None
     if folders.labels_per_class is not None:
         labelled, transfer = _with_labels(rng, train, labels, classes, folders.labels_per_class)
+    unlabelled = "" if transfer is None else f"{len(transfer):,} without a label, "
+    print(
+        f"{len(classes)} classes: {len(labelled):,} pictures to train on, {unlabelled}"
+        f"{len(test):,} to test on"
+    )
     images = pictures.only if seen.images is None else seen.images.__getitem__
     first, second = seen.sums[train].mean(0)
     mean = np.round(first, 3).tolist()
@@ -107,14 +116,19 @@ def listed(
     except OSError as error:
         raise UsageError(f"{flag}={folder} cannot be read: {error.strerror}") from error
     inside = [name for name in inside if not name.startswith(".")]
-    found = {name: _pictures_in(os.path.join(folder, name)) for name in inside}
+    others: collections.Counter[str] = collections.Counter()
+    found = {name: _pictures_in(os.path.join(folder, name), others) for name in inside}
+    empty = [name for name, paths in found.items() if not paths]
     found = {name: paths for name, paths in found.items() if paths}
     if len(found) < 2 and classes is None:
         loose = any(name.lower().endswith(SUFFIXES) for name in os.listdir(folder))
-        why = "pictures, but no folders of them" if loose else f"{len(found)} folders of pictures"
+        count = f"pictures in only one folder, {next(iter(found))}" if found else "no pictures"
+        why = "pictures, but not in folders" if loose and not found else count
+        if others and not found:
+            why += f", but {_counted(others)}"
         raise UsageError(
             f"{flag}={folder} holds {why}: it takes a folder per class, of two classes or more, "
-            f"with {', '.join(s[1:] for s in SUFFIXES)} files in it"
+            f"with {_KINDS} files in it"
         )
     if {name.lower() for name in found} <= {"train", "test", "val", "valid", "validation"}:
         raise UsageError(
@@ -123,6 +137,10 @@ def listed(
         )
     if not found:
         raise UsageError(f"{flag}={folder} holds no folders of pictures")
+    if others:
+        print(f"{flag}={folder}: left out {_counted(others)}: it takes {_KINDS}")
+    if empty:
+        print(f"{flag}={folder}: no picture in {', '.join(empty[:_NAMED])}: no class")
     classes = classes or tuple(found)
     if unknown := [name for name in found if name not in classes]:
         raise UsageError(
@@ -133,14 +151,28 @@ def listed(
     return classes, paths, labels
 
 
-def _pictures_in(folder: str) -> list[str]:
-    """Return the picture files in a folder and below it."""
-    paths = []
+def _pictures_in(folder: str, others: collections.Counter[str]) -> list[str]:
+    """Return the picture files in a folder and below it; count the others by their endings."""
+    paths, seen = [], set()
     for above, below, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(above)) in seen:  # a link back: without end
+            below.clear()
+            continue
+        seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        names = sorted(n for n in files if n.lower().endswith(SUFFIXES) and n[0] != ".")
-        paths += [os.path.join(above, name) for name in names]
+        for name in sorted(name for name in files if not name.startswith(".")):
+            if name.lower().endswith(SUFFIXES):
+                paths.append(os.path.join(above, name))
+            else:
+                others[os.path.splitext(name)[1].lower() or "no ending"] += 1
     return paths
+
+
+def _counted(others: collections.Counter[str]) -> str:
+    """Say how many files of which other kinds there are."""
+    kinds = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(_NAMED))
+    total = others.total()
+    return f"{total:,} file{'s' * (total > 1)} of other kinds ({kinds})"
 
 
 def _check_readable(pictures: Pictures, seen: Seen, *, skip: bool) -> np.ndarray:
@@ -167,8 +199,8 @@ def _part(rng, labels: np.ndarray, readable: np.ndarray, classes, fraction: floa
         rows = np.flatnonzero(readable & (labels == number))
         if len(rows) < 2:
             raise UsageError(
-                f"class {name} has {len(rows)} pictures: to train on one and test on another it "
-                "takes two, or a folder --test"
+                f"class {name} has only {len(rows)} picture: to train on one and test on another "
+                "it takes two, or a folder --test"
             )
         count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
         chosen[rng.permutation(rows)[:count]] = True

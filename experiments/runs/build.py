@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -186,6 +187,9 @@ def check_names(settings: Settings) -> None:
             nnx.eval_shape(structure)
         except ValueError as error:
             raise UsageError(f"--{role}: {error}") from error
+        weights = getattr(settings.networks, f"pretrained_{role}")
+        if weights and not weights.startswith("hf:") and not pathlib.Path(weights).is_file():
+            raise UsageError(f"--pretrained-{role}: there is no file {weights}")
 
 
 def _metric(config: RunConfig) -> Metric | None:

@@ -14,7 +14,7 @@ from kd2m_jax import internal
 from ..common import files
 from ..common.errors import UsageError
 from ..data.specs import Dataset, data_sha256, sha256
-from .settings import Settings, coefficients
+from .settings import ABSENT, Settings, coefficients
 
 # The fields that make a teacher; the hash of their values names its folder in the cache.
 _MAKES_TEACHER = (
@@ -22,24 +22,6 @@ _MAKES_TEACHER = (
     "optimizer", "epochs", "batch_size", "per_class", "precision", "seed", "max_steps",
     "preprocessing",
 )  # fmt: skip
-
-# A key that an old config.json lacks means what the code did when that file was written.
-ABSENT = {
-    "train_examples": None,  # not recorded; data_sha256 covers it
-    "preprocessing": None,  # unknown, so such a run is not resumed
-    "data_sha256": None,  # likewise
-    "optimizer": None,  # likewise
-    "stem": "cifar",
-    "pretrained_teacher": None,
-    "teacher_sha256": None,
-    "pretrained_student": None,
-    "student_sha256": None,
-    "per_class": None,
-    "published": None,
-    "solver": "sinkhorn",
-    "images": None,
-    "options": None,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,9 +101,17 @@ class RunConfig:
 
     def changes(self, other: "RunConfig") -> dict[str, tuple[Any, Any]]:
         """Return the settings that differ, each with the value here and in the other."""
-        mine, others = self.to_json(), other.to_json()
+        mine, others = self._decisive(), other._decisive()
         both = {key: (mine.get(key), others.get(key)) for key in {**mine, **others}}
         return {key: values for key, values in both.items() if values[0] != values[1]}
+
+    def _decisive(self) -> dict[str, Any]:
+        """Return the content without where images are: what they are is in data_sha256."""
+        content = self.to_json()
+        if self.images is not None:
+            where = ("train", "test")
+            content["images"] = {k: v for k, v in self.images.items() if k not in where}
+        return content
 
     @property
     def makes_teacher(self) -> dict[str, Any]:
@@ -193,7 +183,7 @@ def run_path(settings: Settings, dataset: Dataset) -> pathlib.Path:
 
 
 def _solver(settings: Settings, dataset: Dataset) -> str:
-    """Return the solver where the metric does not say: of a run that goes on, its own."""
+    """Return the solver where the metric does not say: a run's that goes on or is repeated."""
     from kd2m_jax import losses  # loads JAX
 
     metric = settings.distillation.metric
@@ -203,7 +193,10 @@ def _solver(settings: Settings, dataset: Dataset) -> str:
         with contextlib.suppress(OSError, ValueError):  # no such run, or damaged
             content = files.read_object(run_path(settings, dataset) / "config.json")
             return content.get("solver", ABSENT["solver"])
-    return internal.DEFAULT_SOLVER
+    of_config = {
+        internal.spelled(name): solver for name, solver in settings.distillation.solver_of.items()
+    }
+    return of_config.get(internal.spelled(metric), internal.DEFAULT_SOLVER)
 
 
 def terms_of(metric: Any) -> tuple[Any, ...]:

@@ -2,7 +2,17 @@
 
 import dataclasses
 import math
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 
@@ -30,6 +40,10 @@ class Distillation:
     ] = "1e-4"
     task_coef: float = 1.0
     """Weight of the cross-entropy, >= 0."""
+    solver_of: Annotated[dict[str, str], tyro.conf.Fixed, tyro.conf.Suppress] = dataclasses.field(
+        default_factory=dict
+    )
+    """No flag: the solver of a metric that leaves it unsaid, from --config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +57,32 @@ class Networks:
     stem: Literal["cifar", "imagenet"] = "cifar"
     """First layer 3x3 or 7x7."""
     pretrained_teacher: Annotated[str | None, optional("PTH", "random")] = None
-    """.safetensors, .pth, hf:timm/resnet34.tv_in1k."""
+    """.safetensors, .pth or hf:timm/NAME."""
     pretrained_student: Annotated[str | None, optional("PTH", "random")] = None
     """The same for the student."""
 
 
 # Flags of a training that config.json has under one key, where any is given.
 OPTIONS = ("optimizer", "lr", "weight_decay", "label_smoothing", "mixup", "ema", "early_stop")
+
+
+# A key that an old config.json lacks means what the code did when that file was written.
+ABSENT = {
+    "train_examples": None,  # not recorded; data_sha256 covers it
+    "preprocessing": None,  # unknown, so such a run is not resumed
+    "data_sha256": None,  # likewise
+    "optimizer": None,  # likewise
+    "stem": "cifar",
+    "pretrained_teacher": None,
+    "teacher_sha256": None,
+    "pretrained_student": None,
+    "student_sha256": None,
+    "per_class": None,
+    "published": None,
+    "solver": "sinkhorn",
+    "images": None,
+    "options": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +92,15 @@ class Training:
     protocol: Literal["digits", "kd2m", "crd"] = "kd2m"
     """kd2m is the paper's, crd the longest."""
     epochs: Annotated[int | None, optional("INT", "digits 20, kd2m 15, crd 240")] = None
-    """Passes over the data."""
+    """Passes over data."""
     batch_size: Annotated[int | None, optional("INT", "digits, kd2m 128; crd 64")] = None
-    """Examples per step, on all devices."""
+    """Examples per step."""
     per_class: Annotated[int | None, optional("INT", "any")] = None
     """Examples per class in a row."""
     precision: Literal["f32", "bf16"] = "f32"
     """Losses stay float32."""
     seed: int = 0
-    """Random seed for weights, data order and augmentation."""
+    """Seed for weights, data order, augmentation."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """With the protocol's schedule."""
     lr: Annotated[float | None, optional("FLOAT", "the protocol's")] = None
@@ -79,9 +112,9 @@ class Training:
     mixup: float = 0.0
     """Alpha > 0: mix images and labels in pairs."""
     ema: float = 0.0
-    """Decay of an average of the weights, say 0.999, that is tested and kept."""
+    """Average the weights; decay, say 0.999."""
     early_stop: Annotated[int | None, optional("EPOCHS", "never")] = None
-    """Stop so long after the best epoch, by the test images."""
+    """So long without a better test accuracy."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -100,6 +133,8 @@ class Run:
     """The run folder."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue what is in --out."""
+    config: Annotated[str | None, optional("FILE", "none")] = None
+    """Flags from a run's config.json."""
     max_steps: Annotated[int | None, optional("INT", "no limit")] = None
     """Cut each phase, for a trial."""
     save_every: float = 60.0
@@ -114,6 +149,14 @@ class Run:
     """This process's, from 0."""
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnDataRun(Run):
+    """`Run` of a main whose data is not tensorflow-datasets'."""
+
+    data_dir: Annotated[str | None, tyro.conf.Suppress] = None
+    """No flag: it has no meaning there."""
+
+
 # --help shows it in the first box. No box has its docstring, so that all fits on a screen.
 _FIRST = tyro.conf.arg(name="", help="")
 _BOX = tyro.conf.arg(help="")
@@ -124,7 +167,6 @@ class Settings(Flags):
     """Everything that a training main takes."""
 
     after_stop: ClassVar[str] = "the same command with --resume continues"
-    own_data: ClassVar[bool] = False  # whether --data-dir has no meaning
 
     distillation: Annotated[tyro.conf.OmitArgPrefixes[Distillation], _FIRST] = Distillation()
     networks: Annotated[tyro.conf.OmitArgPrefixes[Networks], _BOX] = Networks()
@@ -150,17 +192,17 @@ class CifarSettings(Settings):
 class DigitsSettings(Settings):
     """`Settings` of data that comes with scikit-learn."""
 
-    own_data: ClassVar[bool] = True
+    run: Annotated[tyro.conf.OmitArgPrefixes[OwnDataRun], _BOX] = OwnDataRun()
 
 
 @dataclasses.dataclass(frozen=True)
 class ImagesSettings(Settings):
     """`Settings`, and which pictures."""
 
-    own_data: ClassVar[bool] = True
+    run: Annotated[tyro.conf.OmitArgPrefixes[OwnDataRun], _BOX] = OwnDataRun()
 
-    train: Annotated[str | None, optional("DIR", "none, but needed")] = None
-    """A folder of pictures per class in it."""
+    train: Annotated[str | None, optional("DIR", "none")] = None
+    """A folder with a folder per class."""
     dataset: Annotated[str | None, optional("hf:NAME", "none")] = None
     """Of Hugging Face, instead of --train."""
     test: Annotated[str | None, optional("DIR", "a part of --train")] = None
@@ -179,28 +221,56 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def from_config(settings: SettingsT, content: dict[str, Any]) -> SettingsT:
-    """Return settings with what a run's config.json has; UsageError where it is of another main."""
+    """Return settings with what a run's config.json has.
+
+    Raises:
+      UsageError: for a file of another main, and for one that is not as a run wrote it.
+    """
     images = content.get("images")
-    of_cifar = str(content["dataset"]).startswith("cifar")
-    other = isinstance(settings, CifarSettings) and not of_cifar
+    other = isinstance(settings, CifarSettings) and "cifar" not in str(content.get("dataset"))
     if other or (images is None) == isinstance(settings, ImagesSettings):
-        raise UsageError("--config is of a run on other data than this command's")
-    given = {k: v for k, v in content.items() if k not in ("images", "options", "optimizer")}
-    given |= content.get("options") or {}
-    given["coef"] = ",".join(repr(c) if isinstance(c, float) else str(c) for c in content["coef"])
+        raise UsageError("it is of a run on other data than this command's")
+    given: dict[str, Any] = ABSENT | content
+    given = {k: v for k, v in given.items() if k not in ("images", "options", "optimizer")}
+    for more in (content.get("options") or {}, images or {}):
+        if not isinstance(more, dict):
+            raise UsageError(f"it has {more!r} where it should have names and values")
+        given |= {k: v for k, v in more.items() if k != "seed"}
     if images:
-        given |= {"dataset": None} | {k: v for k, v in images.items() if k != "seed"}
+        given = {"dataset": None} | {
+            k: v for k, v in given.items() if k != "dataset" or k in images
+        }
+    coef = given.get("coef")
+    if isinstance(coef, list):
+        given["coef"] = ",".join(repr(c) if isinstance(c, float) else str(c) for c in coef)
+    given["solver_of"] = {str(given.get("metric")): given.pop("solver")}
 
     def taken(group: Any) -> Any:
-        names = {f.name for f in dataclasses.fields(group)}
-        inner = {
-            name: taken(value)
-            for name in names
-            if dataclasses.is_dataclass(value := getattr(group, name))
-        }
-        return dataclasses.replace(group, **{k: given[k] for k in names & given.keys()}, **inner)
+        found, hints = {}, get_type_hints(type(group))
+        for name in (field.name for field in dataclasses.fields(group)):
+            if dataclasses.is_dataclass(value := getattr(group, name)):
+                found[name] = taken(value)
+            elif name in given:
+                if not _fits(given[name], hints[name]):
+                    raise UsageError(f"its {name} cannot be {given[name]!r}")
+                found[name] = given[name]
+            elif not isinstance(group, Run) and name not in OPTIONS:
+                raise UsageError(f"it is not the configuration of a run: it lacks {name}")
+        return dataclasses.replace(group, **found)
 
     return taken(settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value of JSON is one of a flag's."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
 
 def coefficients(distillation: Distillation) -> tuple[float | str, ...]:
@@ -226,8 +296,8 @@ def check(settings: Settings) -> None:
     from kd2m_jax.internal import terms
 
     d, t, r = settings.distillation, settings.training, settings.run
-    if settings.own_data and r.data_dir is not None:
-        raise UsageError("--data-dir has no meaning here: it is where tensorflow-datasets' data is")
+    if isinstance(r, OwnDataRun) and r.data_dir is not None:
+        raise UsageError("--data-dir has no meaning here")
     if not 0 <= t.seed < 2**32:
         raise UsageError(f"--seed must be at least 0 and below 2^32, got {t.seed}")
     for flag, values in (("--coef", coefficients(d)), ("--task-coef", (d.task_coef,))):
@@ -259,8 +329,9 @@ def check(settings: Settings) -> None:
 
 def _check_options(settings: Settings) -> None:
     t = settings.training
+    if t.lr is not None and not (t.lr > 0 and math.isfinite(t.lr)):
+        raise UsageError(f"--lr must be above 0, got {t.lr}")
     for flag, value, low, high in (
-        ("--lr", t.lr, 0, math.inf),
         ("--weight-decay", t.weight_decay, 0, math.inf),
         ("--label-smoothing", t.label_smoothing, 0, 1),
         ("--mixup", t.mixup, 0, math.inf),
@@ -269,8 +340,6 @@ def _check_options(settings: Settings) -> None:
         if value is not None and not (low <= value < high and math.isfinite(value)):
             below = "" if high == math.inf else f" and below {high}"
             raise UsageError(f"{flag} must be at least {low}{below}, got {value}")
-    if t.lr == 0:
-        raise UsageError("--lr must be above 0, got 0")
     if t.early_stop is not None and t.early_stop < 1:
         raise UsageError(f"--early-stop must be at least 1, got {t.early_stop}")
     if (t.mixup or t.label_smoothing) and getattr(settings, "labels_per_class", None):
@@ -285,6 +354,8 @@ def _check_images(images: ImagesSettings) -> None:
         raise UsageError("--train is needed: a folder with a folder of pictures per class")
     if images.dataset is not None and (images.train or images.test):
         raise UsageError("--dataset and --train or --test are two sources: give one")
+    if images.dataset is not None and not images.dataset.removeprefix("hf:"):
+        raise UsageError("--dataset=hf:NAME needs the name")
     if images.dataset is not None and not images.dataset.startswith("hf:"):
         raise UsageError(f"--dataset must be hf:NAME, got {images.dataset}")
     if not 8 <= images.size <= 1024:

@@ -150,6 +150,63 @@ def test_other_settings_are_refused_by_all(tmp_path):
         assert "error: processes 0 and 1" in errors and "coef [0.01] in 0, [0.001] in 1" in errors
 
 
+# Of 101 images, which neither two processes nor four devices divide.
+SCORES = """
+import json, sys
+from kd2m_jax import fit, internal, models
+coordinator, count, number, out = sys.argv[1:]
+if count == "2":
+    internal.start(coordinator, 2, int(number))
+import jax, numpy as np
+from flax import nnx
+rng = np.random.default_rng(0)
+x = rng.normal(size=(229, 6)).astype(np.float32)
+y = (x @ rng.normal(size=(6, 7))).argmax(1).astype(np.int32)
+rows = lambda out, labels: len(labels)
+rows.__name__ = "rows"
+own = lambda out, labels: (np.asarray(out.features).mean(1) * labels).sum()
+own.__name__ = "own"
+teacher, student = (models.MLP((w, 4), 7, in_features=6, rngs=nnx.Rngs(w)) for w in (16, 8))
+found = fit(student, (x[:128], y[:128]), teacher=teacher, metric="cw2", batch_size=32, epochs=2,
+            eval_data=(x[128:], y[128:]), metrics=["top-5", "ece", "agreement", rows, own])
+tested = [r for r in found.history if "test_loss" in r]
+scores = [{k: v for k, v in r.items() if k.startswith("test_")} for r in tested]
+open(f"{out}{number}", "w").write(json.dumps([[jax.process_count(), jax.device_count()], *scores]))
+"""
+
+
+@pytest.mark.slow
+def test_scores_of_two_processes_are_those_of_one(tmp_path):
+    def begin(name, count, number, devices, where):
+        given = [where, str(count), str(number), str(tmp_path / name)]
+        return subprocess.Popen(
+            [sys.executable, "-c", SCORES, *given],
+            cwd=ROOT,
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    ended = finish([begin("alone", 1, 0, 4, "")])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    ended += finish([begin("both", 2, i, 2, where) for i in range(2)])
+    assert [status for status, *_ in ended] == [0, 0, 0], ended
+    (alone_where, *alone), *both = (
+        json.loads((tmp_path / n).read_text()) for n in ("alone0", "both0", "both1")
+    )
+    assert alone_where == [1, 4] and len(alone) == 2
+    assert [where for where, *_ in both] == [[2, 4], [2, 4]]
+    for epoch, expected in enumerate(alone, 1):
+        names = {"accuracy", "loss", "top_5", "ece", "agreement", "rows", "own"}
+        assert expected.keys() == {f"test_{name}" for name in names}
+        assert expected["test_rows"] == 101
+        for found in both:
+            assert found[epoch] == pytest.approx(expected, rel=1e-4)
+
+
 WHOLE = {"distributed": True, "coordinator": "localhost:1", "num_processes": 2, "process_id": 0}
 
 

@@ -291,7 +291,7 @@ def torch_resnet(torch, name, num_classes, stem):
     class Block(nn.Module):
         def __init__(self, fan_in, width, stride):
             super().__init__()
-            self.deep = name == "resnet50"
+            self.deep = name in ("resnet50", "resnet101")
             outer = 4 * width if self.deep else width
             self.conv1 = conv(fan_in, width, 1) if self.deep else conv(fan_in, width, 3, stride)
             self.bn1 = nn.BatchNorm2d(width)
@@ -317,13 +317,13 @@ def torch_resnet(torch, name, num_classes, stem):
             self.conv1 = conv(3, 64, 7, 2) if large else conv(3, 64, 3)
             self.bn1 = nn.BatchNorm2d(64)
             self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
-            depths = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
+            depths = {"resnet18": (2, 2, 2, 2), "resnet101": (3, 4, 23, 3)}.get(name, (3, 4, 6, 3))
             fan_in = 64
             for i, depth in enumerate(depths):
                 width, blocks = 64 * 2**i, []
                 for j in range(depth):
                     blocks.append(Block(fan_in, width, 2 if i and not j else 1))
-                    fan_in = 4 * width if name == "resnet50" else width
+                    fan_in = 4 * width if blocks[-1].deep else width
                 setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             self.fc = nn.Linear(fan_in, num_classes)
 
@@ -348,8 +348,11 @@ def torch_resnet(torch, name, num_classes, stem):
     return net.eval()
 
 
+deep = pytest.param("resnet101", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", deep])
 def test_torch_computes_the_same(tmp_path, name, stem):
     torch = pytest.importorskip("torch")
     net = torch_resnet(torch, name, 10, stem)

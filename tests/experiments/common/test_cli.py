@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from experiments import bound, digits, table
-from experiments.common import cli
+from experiments import bound, digits, mnist, table
+from experiments.common import cli, errors
 from experiments.runs import settings
 from kd2m_jax import NonFiniteLoss
 
@@ -17,7 +17,7 @@ def test_the_users_home_after_an_equals_sign(monkeypatch, tmp_path):
     found: list[settings.Settings] = []
     flags = ["--out=~/x", "--pretrained-teacher=~/w.pth", "--data-dir=~", "--metric=w2@logits"]
     monkeypatch.setattr(sys, "argv", ["main", *flags])
-    cli.main(digits.DEFAULTS, read, module="experiments.digits", description="")
+    cli.main(mnist.DEFAULTS, read, module="experiments.mnist", description="")
     run, networks = found[0].run, found[0].networks
     assert (run.out, run.data_dir) == (f"{tmp_path}/x", str(tmp_path))
     assert networks.pretrained_teacher == f"{tmp_path}/w.pth"
@@ -69,3 +69,13 @@ def test_a_main_that_is_stopped_says_how_to_go_on(name, settings, end, monkeypat
         cli.main(settings, run, module=f"experiments.{name}", description=None)
     assert stop.value.code == 130
     assert end in capsys.readouterr().err
+
+
+def test_a_command_is_named_as_it_was_typed(monkeypatch):
+    """In a clone with an editable install there are both ways."""
+    for first, named in (
+        ("/a/experiments/digits.py", "python -m experiments.digits --resume"),
+        ("kd2m digits", "kd2m digits --resume"),
+    ):
+        monkeypatch.setattr(sys, "argv", [first])
+        assert errors.command("experiments.digits --resume") == named

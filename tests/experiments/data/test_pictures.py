@@ -159,10 +159,8 @@ def test_what_is_wrong_with_a_folder_is_said(where, tmp_path):
     assert message(train=str(tmp_path / "none")).endswith(
         "cannot be read: No such file or directory"
     )
-    assert "holds 0 folders of pictures: it takes a folder per class" in message(
-        train=str(tmp_path)
-    )
-    assert "pictures, but no folders" in message(train=str(where / "train" / "disc"))
+    assert "holds no pictures: it takes a folder per class" in message(train=str(tmp_path))
+    assert "holds pictures, but not in folders" in message(train=str(where / "train" / "disc"))
     assert f"--train={where}/train --test={where}/test" in message(train=str(where))
     (tmp_path / "test" / "cat").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "test" / "cat" / "a.png")
@@ -173,7 +171,41 @@ def test_what_is_wrong_with_a_folder_is_said(where, tmp_path):
     (tmp_path / "one" / "b").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "one" / "a" / "a.png")
     Image.new("RGB", (9, 9)).save(tmp_path / "one" / "b" / "a.png")
-    assert "class a has 1 pictures" in message(train=str(tmp_path / "one"))
+    assert "class a has only 1 picture:" in message(train=str(tmp_path / "one"))
+    (tmp_path / "one" / "b" / "a.png").rename(tmp_path / "one" / "b" / "a.heic")
+    assert "pictures in only one folder, a: it takes" in message(train=str(tmp_path / "one"))
+    (tmp_path / "one" / "a" / "a.png").unlink()
+    assert "no pictures, but 1 file of other kinds (1 .heic)" in message(
+        train=str(tmp_path / "one")
+    )
+
+
+def test_what_is_found_and_what_is_left_out_is_said(where, capsys):
+    (where / "train" / "empty").mkdir()
+    quiet(given(where, test=str(where / "test"), labels_per_class=4))
+    (where / "train" / "empty").rmdir()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"--train={where}/train: left out 1 file of other kinds (1 .txt): "
+        "it takes png, jpg, jpeg, webp",
+        f"--train={where}/train: no picture in empty: no class",
+        f"--test={where}/test: left out 1 file of other kinds (1 .txt): "
+        "it takes png, jpg, jpeg, webp",
+        "3 classes: 12 pictures to train on, 33 without a label, 15 to test on",
+    ]
+
+
+def test_a_link_back_is_not_followed_and_another_is(tmp_path):
+    """A class that has itself inside would be counted forty times, and tested on what it saw."""
+    photos.write(tmp_path / "train", 5)
+    (tmp_path / "train" / "disc" / "below").mkdir()
+    (tmp_path / "train" / "disc" / "below" / "again").symlink_to(tmp_path / "train" / "disc")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "train" / "square" / "more").symlink_to(tmp_path / "elsewhere")
+    dataset = quiet(given(tmp_path))
+    counts = np.bincount(dataset.train[1]) + np.bincount(dataset.test[1])
+    np.testing.assert_array_equal(counts, [5, 6, 5])
 
 
 def test_the_options_are_in_the_run_and_read_back(where):

@@ -98,6 +98,18 @@ def test_an_absent_key_means_what_the_code_did_then(tmp_path):
         pass
 
 
+def test_a_run_goes_on_where_its_pictures_were_moved():
+    """What they are is in data_sha256; any other change is one."""
+    config = configuration(settings(), load("digits"))
+    images = {"train": "photos", "test": None, "size": 64, "classes": ["a", "b"]}
+    one, moved, other = (
+        dataclasses.replace(config, images=images | change)
+        for change in ({}, {"train": "/photos/", "test": "b"}, {"size": 32})
+    )
+    assert one.changes(moved) == {}
+    assert list(one.changes(other)) == ["images"]
+
+
 def of_run(metric, out, *, resume):
     run = Run(out=str(out), resume=resume)
     return build(dataclasses.replace(settings(metric, "1e-3"), run=run), load("digits"))

@@ -107,7 +107,7 @@ def test_labels_are_smoothed_and_mixed(data):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"lr": -1.0}, "--lr must be at least 0, got -1.0"),
+        ({"lr": -1.0}, "--lr must be above 0, got -1.0"),
         ({"lr": 0.0}, "--lr must be above 0"),
         ({"weight_decay": float("nan")}, "--weight-decay must be at least 0"),
         ({"label_smoothing": 1.0}, "--label-smoothing must be at least 0 and below 1, got 1.0"),
@@ -144,6 +144,50 @@ def test_a_config_is_read_back(data):
     assert from_config(mnist.DEFAULTS, written).networks.teacher == "resnet8"
     with pytest.raises(UsageError, match="of a run on other data"):
         from_config(cifar.DEFAULTS, written)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": None}, "its metric cannot be None"),
+        ({"protocol": "fast"}, "its protocol cannot be 'fast'"),
+        ({"seed": "3"}, "its seed cannot be '3'"),
+        ({"epochs": True}, "its epochs cannot be True"),
+        ({"coef": 3}, "its coef cannot be 3"),
+        ({"options": {"lr": "high"}}, "its lr cannot be 'high'"),
+        ({"options": [1]}, r"it has \[1\] where it should have names and values"),
+        ({"dataset": "images", "images": {}}, "of a run on other data"),
+    ],
+)
+def test_a_config_that_no_run_wrote(change, message):
+    with pytest.raises(UsageError, match=message):
+        from_config(digits.DEFAULTS, {**CONFIG, **change})
+
+
+def test_a_config_that_lacks_something():
+    for key in CONFIG:
+        with pytest.raises(UsageError, match=f"it lacks {key}"):
+            from_config(digits.DEFAULTS, {k: v for k, v in CONFIG.items() if k != key})
+
+
+# What every version of config.json has.
+CONFIG = {
+    "metric": "w2", "coef": [0.001], "task_coef": 1, "teacher": "mlp-8", "student": "mlp-8",
+    "protocol": "digits", "epochs": 3, "batch_size": 64, "precision": "f32", "seed": 3,
+}  # fmt: skip
+
+
+def test_a_config_brings_its_solver(data):
+    """Of an old file that is Sinkhorn, which it does not say; another metric has its own."""
+    written = configuration(given(), data).to_json()
+    assert written["solver"] == "auto"
+    old = {key: value for key, value in written.items() if key != "solver"}
+    for content in (written, old, written | {"solver": "ipot"}):
+        settings = from_config(digits.DEFAULTS, json.loads(json.dumps(content)))
+        assert configuration(settings, data).to_json() == content
+    other = dataclasses.replace(settings.distillation, metric="w2")
+    found = configuration(dataclasses.replace(settings, distillation=other), data)
+    assert found.solver == "auto"
 
 
 def shell(*flags, status=0):
