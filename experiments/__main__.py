@@ -1,7 +1,9 @@
 """List the experiments: ``python -m experiments``."""
 
 import ast
+import os
 import pathlib
+import sys
 
 from .common.errors import command
 
@@ -21,5 +23,14 @@ def listed() -> str:
     return "\n".join(lines)
 
 
+def show() -> None:
+    """Print the list; into a closed pipe, say of head, it is quiet."""
+    try:
+        print(listed(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
 if __name__ == "__main__":
-    print(listed())
+    show()

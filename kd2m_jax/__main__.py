@@ -1,9 +1,9 @@
 """The command ``kd2m``: the experiments by their names, ``kd2m digits --metric=jw2``."""
 
 import importlib.util
-import os
 import runpy
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -21,19 +21,17 @@ def main() -> None:
 
         print(f"kd2m_jax {__version__}")
         return
-    sys.argv = [f"kd2m {name}", *flags]  # by which the experiments know what was typed
+    errors: Any = importlib.import_module(f"{package}.common.errors")
+    errors.BY_NAME = True
     listing = importlib.import_module(f"{package}.__main__")
     if name in ("-h", "--help"):
-        try:
-            print(listing.listed(), flush=True)
-        except BrokenPipeError:  # the reader, say head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
+        listing.show()
         return
     if name not in listing.NAMES:
         from kd2m_jax.internal import did_you_mean
 
         _fail(f"there is no command {name!r}: {did_you_mean(name, listing.NAMES)}")
+    sys.argv = [f"kd2m {name}", *flags]
     runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
 
 

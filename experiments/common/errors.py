@@ -2,17 +2,17 @@
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 
 # Where the experiments are: "experiments" in a clone, "kd2m_jax.experiments" of a wheel.
 ROOT = __name__.removesuffix(".common.errors")
+# Whether a user types "kd2m digits": set by that command, which also runs those of a clone.
+BY_NAME = ROOT != "experiments"
 
 
 def command(main: str) -> str:
     """Return what a user types for a main, "experiments.digits", and what follows it."""
-    by_name = ROOT != "experiments" or sys.argv[0].startswith("kd2m ")  # in a clone, both work
-    return f"kd2m {main.partition('.')[2]}" if by_name else f"python -m {main}"
+    return f"kd2m {main.partition('.')[2]}" if BY_NAME else f"python -m {main}"
 
 
 class UsageError(ValueError):

@@ -99,7 +99,7 @@ def _wrong(name: str, flag: Flag, values: Sequence[str]) -> str | None:
     """Return what is wrong with the values of one flag."""
     if flag.kind is bool:
         return f"--{name} takes no value, got {values[0]!r}" if values else None
-    if not values:
+    if not values and not flag.many:  # of several values none is for the main to refuse
         one_of = f": one of {', '.join(map(str, flag.choices))}" if flag.choices else ""
         return f"--{name} needs a value{one_of}"
     for value in values:

@@ -59,7 +59,13 @@ def test_help_fits_a_screen(name, width, height):
         assert "jw2:beta=0.5" in told and "nats per unit of the metric" in told
 
 
-@pytest.mark.parametrize("command", ["kd2m_jax", "experiments.digits"])
+@pytest.mark.slow
+def test_the_command_speaks_of_itself_in_a_clone_too():
+    assert shown("kd2m_jax")[0].startswith("kd2m NAME ")
+    assert "    kd2m digits --metric=jw2" in shown("kd2m_jax", "digits", "--help")
+
+
+@pytest.mark.parametrize("command", ["kd2m_jax", "experiments", "experiments.digits"])
 @pytest.mark.slow
 def test_help_into_a_closed_pipe_is_quiet(command):
     """As into ``| head -1``, which has read enough before all is written."""

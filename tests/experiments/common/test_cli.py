@@ -72,10 +72,6 @@ def test_a_main_that_is_stopped_says_how_to_go_on(name, settings, end, monkeypat
 
 
 def test_a_command_is_named_as_it_was_typed(monkeypatch):
-    """In a clone with an editable install there are both ways."""
-    for first, named in (
-        ("/a/experiments/digits.py", "python -m experiments.digits --resume"),
-        ("kd2m digits", "kd2m digits --resume"),
-    ):
-        monkeypatch.setattr(sys, "argv", [first])
-        assert errors.command("experiments.digits --resume") == named
+    assert errors.command("experiments.digits --resume") == "python -m experiments.digits --resume"
+    monkeypatch.setattr(errors, "BY_NAME", True)
+    assert errors.command("experiments.digits --resume") == "kd2m digits --resume"
