@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 import kd2m_jax
-from experiments.__main__ import NAMES
 from kd2m_jax import losses, models, theory
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -60,11 +59,6 @@ def test_every_listed_page_is_there():
     for page, text in known.items():
         for entry in entries(page, text):
             assert entry in known or entry.removeprefix("tutorials/") in notebooks, (page, entry)
-
-
-def test_every_command_is_named_in_a_page():
-    text = "".join(pages().values())
-    assert [name for name in NAMES if f"experiments.{name}" not in text] == []
 
 
 def test_the_lines_of_examples_fit():
