@@ -72,6 +72,22 @@ FORMULAS = {
         r" + \|\sigma_S - \sigma_T\|^2\right)"
     ),
     "1/n sum_i ||z_s,i - z_t,i||^2": r"\frac1n \sum_i \|z_i^S - z_i^T\|^2",
+    "min_Q ||X - Y Q||_F^2 = ||X||_F^2 + ||Y||_F^2 - 2 ||X^T Y||_*": (
+        r"\min_Q \|X - Y Q\|_F^2 = \|X\|_F^2 + \|Y\|_F^2 - 2 \|X^\top Y\|_*"
+    ),
+    "||X X^T - Y Y^T||_F^2 = 1/n^2 sum_ij (<x_i, x_j> - <y_i, y_j>)^2": (
+        r"\|X X^\top - Y Y^\top\|_F^2 = \frac{1}{n^2} \sum_{ij}"
+        r" \big(\langle x_i, x_j\rangle - \langle y_i, y_j\rangle\big)^2"
+    ),
+    "1 - ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)": (
+        r"1 - \frac{\|X^\top Y\|_F^2}{\|X^\top X\|_F \, \|Y^\top Y\|_F}"
+    ),
+    "1/L sum_l sum_k v_k |phi_S,l(t_k) - phi_T,l(t_k)|^2": (
+        r"\frac1L \sum_l \sum_k v_k \, \big|\varphi_{S,l}(t_k) - \varphi_{T,l}(t_k)\big|^2"
+    ),
+    "phi_S,l(t) = 1/n sum_i exp(i t <theta_l, z_s,i> / s)": (
+        r"\varphi_{S,l}(t) = \frac1n \sum_j \exp\big(i t \langle\theta_l, z_j^S\rangle / s\big)"
+    ),
     "|R_S(loss) - R_T(loss)| <= W <= L2": r"|R_S(\ell) - R_T(\ell)| \le W \le L_2",
     "k(x, y) = exp(-||x - y||^2 / (2 bandwidth^2)) = <phi(x), phi(y)>": (
         r"k(x, y) = \exp\big(-\|x - y\|^2 / (2 \sigma^2)\big)"
@@ -117,6 +133,13 @@ CITES = {
     "Dowson & Landau": "dowson1982",
     "Kornblith et al.": "kornblith2019similarity",
     "Redko, Habrard & Sebban": "redko2017",
+    "Williams et al.": "williams2021shape",
+    "Bhattarai et al.": "bhattarai2025geometry",
+    "Tung & Mori": "tung2019similarity",
+    "Kornblith, Norouzi, Lee & Hinton": "kornblith2019similarity",
+    "Epps & Pulley": "epps1983test",
+    "Balestriero & LeCun": "balestriero2025lejepa",
+    "Sun et al.": "sun2024logit",
 }
 
 logger = logging.getLogger(__name__)

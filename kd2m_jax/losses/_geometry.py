@@ -51,7 +51,8 @@ def procrustes(z_s: ArrayLike, z_t: ArrayLike, *, where: ArrayLike | None = None
       >>> import jax.numpy as jnp
       >>> z = jnp.array([[1.0, 0.0], [0.0, 2.0], [-1.0, -2.0]])
       >>> turned = z @ jnp.array([[0.0, 1.0], [-1.0, 0.0]]) + 3
-      >>> print(f"{procrustes(turned, z):.4f} {procrustes(2 * turned, z):.4f}")  # |X|^2 is 10/3
+      >>> longer = procrustes(2 * turned, z)  # |X|^2, which is 10/3
+      >>> print(f"{procrustes(turned, z):.4f} {longer:.4f}")
       0.0000 3.3333
 
     References:
