@@ -30,6 +30,7 @@ def test_kd(temperature, standardize):
     check(loss, oracle, h_s, h_t)
 
 
+@slow
 def test_standardized_kd_does_not_see_the_size_of_logits_and_takes_rows_of_equal_ones():
     h_s, h_t, _ = draw_logits()
     both = jax.jit(jax.value_and_grad(functools.partial(losses.kd, standardize=True), (0, 1)))

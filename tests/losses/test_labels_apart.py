@@ -23,6 +23,7 @@ LOSSES = {
     "cw2": lambda *a, **o: losses.cw2(*a, solver="ipot", **o),
     "cw2-sinkhorn": losses.cw2,
     "gaussian-cw2": losses.gaussian_cw2,
+    "gaussian-cw2-rotation": lambda *a, **o: losses.gaussian_cw2(*a, rotation=True, **o),
     "gaussian-cw2-diagonal": lambda *a, **o: losses.gaussian_cw2(*a, covariance="diagonal", **o),
     "gaussian-ckl": losses.gaussian_ckl,
     "gaussian-ckl-reversed": lambda *a, **o: losses.gaussian_ckl(

@@ -57,7 +57,8 @@ def test_values_are_those_of_the_float64_loops(name, n, d, classes, kind):
     np.testing.assert_allclose(value, oracle(name, x, y, labels), rtol=1e-3)
 
 
-@few
+@slow
+@names
 def test_a_teacher_in_another_space_is_as_near(name):
     """Where the class means give all directions; of the exact coupling, where they give some."""
     x, y, labels = clouds(**({"d": 8} if name == "cw2" else DETERMINED))
@@ -72,7 +73,8 @@ def test_a_teacher_in_another_space_is_as_near(name):
     np.testing.assert_allclose(loss(*single(x, x @ turn(d) + 1, labels)), 0, atol=1e-6)
 
 
-@few
+@slow
+@names
 def test_the_rotation_is_a_constant_for_the_gradient(name):
     plain, _, couple = KINDS_OF_COUPLING[name]
     x, y, labels = clouds(**DETERMINED)
