@@ -115,11 +115,14 @@ _PLACES = {
 
 def draw(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
     """Draw every row's difference to the labels alone, a panel for each regime with labels."""
-    found = {regime: numbers.summary(dataset, regime)["rows"] for regime in PANELS}
+    there = [name for name in PANELS if (numbers.folder / dataset / f"{name}.json").exists()]
+    found = {regime: numbers.summary(dataset, regime)["rows"] for regime in there}
     names = [name for name, row in next(iter(found.values())).items() if row["difference"]]
     figure, axes = figures.plt.subplots(
-        1, len(PANELS), figsize=(11, 0.6 + 0.24 * len(names)), sharey=True
-    )
+        1, len(found), figsize=(3 + 2.6 * len(found), 0.6 + 0.24 * len(names)),
+        sharey=True, squeeze=False,
+    )  # fmt: skip
+    axes = axes[0]
     for axis, (regime, rows) in zip(axes, found.items(), strict=True):
         axis.axvline(0, color=figures.GREY, linewidth=1)
         for y, name in enumerate(names):
@@ -174,4 +177,5 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
     text = (folder / "page.txt").read_text(encoding="utf-8")
     files.write(page, filled(text, numbers))
     draw(numbers, "mnist", folder / "mnist.png")
-    draw_curves(numbers, "mnist", folder / "mnist-lambda.png")
+    if list(folder.glob("mnist/curve-*.json")):
+        draw_curves(numbers, "mnist", folder / "mnist-lambda.png")

@@ -10,7 +10,7 @@ from scipy import stats
 from experiments import regimes
 from experiments.common.errors import UsageError
 from experiments.data.load import load
-from experiments.studies.regimes import adapted, labelled, networks, splits, summary
+from experiments.studies.regimes import adapted, labelled, networks, page, splits, summary
 from experiments.studies.regimes.rows import ROWS, Row
 from experiments.studies.regimes.shifts import shift
 from experiments.studies.regimes.store import Store
@@ -201,3 +201,24 @@ def test_regimes_that_are_none_are_refused():
 @pytest.mark.parametrize("row", [r for r, row in ROWS.items() if isinstance(row.metric, str)])
 def test_rows_are_metrics_of_the_catalogue(row):
     assert terms(ROWS[row].metric)
+
+
+def test_the_page_has_its_numbers_from_the_files(tmp_path):
+    alone = [{"none": [0.0, a]} for a in (70.0, 71.0, 72.0)]
+    kd = [{"0.1": [1.0, a], "1.0": [0.0, 60.0]} for a in (75.0, 76.5, 77.0)]
+    (tmp_path / "mnist").mkdir()
+    file = tmp_path / "mnist" / "few.json"
+    file.write_text(json.dumps(content({"none": alone, "kd": kd, "kd+cw2": kd})))
+    text = "{{mean mnist few none}}, {{gain mnist few kd}}; {{points mnist few kd}}, "
+    text += "{{fixed mnist few kd 1.0}}; {{over mnist few kd+cw2}}\n{{table mnist few}}"
+    found = page.filled(text, page.Numbers(tmp_path))
+    assert found.startswith("71.0%, +5.2 [+4.4, +5.9], p = 0.002; +5.2, -11.0; +0.0 unknown over")
+    assert "| `kd` |" in found and "{{" not in found
+    (tmp_path / "page.txt").write_text("{{note mnist few}}")
+    page.write(tmp_path, tmp_path / "out.md")
+    assert "3 seeds" in (tmp_path / "out.md").read_text()
+    assert (tmp_path / "mnist.png").stat().st_size > 1000
+    with pytest.raises(UsageError, match="has no row 'w2': none, kd, kd\\+cw2"):
+        page.filled("{{mean mnist few w2}}", page.Numbers(tmp_path))
+    with pytest.raises(UsageError, match=r"noise\.json is missing"):
+        page.filled("{{mean mnist noise w2}}", page.Numbers(tmp_path))
