@@ -1,39 +1,67 @@
-"""The table of metrics, from the catalogue: a page cannot disagree with the code."""
+"""Tables that are made while the site is built: a page cannot disagree with code or numbers.
+
+``metrics-table`` has every entry of the catalogue; ``results-table:: digits`` what
+``python -m experiments.table`` wrote, as docs/results/digits.json.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
+from experiments.studies import provenance, text
 from kd2m_jax import losses
 
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
-def rows() -> list[str]:
-    """Return the lines of a list-table: name, formula, needs, source."""
-    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 18 46 12 24", ""]
-    lines += ["   * - name", "     - D", "     - also needs", "     - source"]
-    for name, info in losses.METRICS.items():
-        function = info.function.__name__
-        lines += [
-            f"   * - :py:obj:`{name} <kd2m_jax.losses.{function}>`",
-            f"     - ``{info.formula}``",
-            f"     - {', '.join(info.needs) or '–'}",
-            f"     - {info.source}",
-        ]
+
+def list_table(rows: Sequence[Sequence[str]], widths: str = "auto") -> list[str]:
+    """Return the lines of a list-table, of a header and rows."""
+    lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", ""]
+    for row in rows:
+        cells = [f"- {cell}".rstrip() for cell in row]
+        lines += [f"   * {cells[0]}", *(f"     {cell}" for cell in cells[1:])]
     return lines
 
 
-class MetricsTable(Directive):
-    """``metrics-table``, in ``eval-rst``: every entry of METRICS."""
+def metrics() -> list[str]:
+    """Return the catalogue: name, formula, needs, source."""
+    rows = [["name", "D", "also needs", "source"]]
+    for name, info in losses.METRICS.items():
+        link = f":py:obj:`{name} <kd2m_jax.losses.{info.function.__name__}>`"
+        rows.append([link, f"``{info.formula}``", ", ".join(info.needs) or "–", info.source])
+    return list_table(rows, "18 46 12 24")
+
+
+def results(name: str) -> list[str]:
+    """Return a study's command, its tables with what they say, and where they come from."""
+    table = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = ["::", "", f"   {table['command']}", ""]
+    for section, found in text.sections(table).items():
+        lines += [f"{text.title(section, found)}:", "", *list_table(text.rows(found)), ""]
+        lines += [text.sentence(found), ""]
+    return [*lines, provenance.sentence(table)]
+
+
+class Table(Directive):
+    """A directive for `eval-rst` whose content is reStructuredText that a function returns."""
+
+    optional_arguments = 1
 
     def run(self):
-        """Return the table."""
+        """Return what the text makes."""
+        lines = results(self.arguments[0]) if self.arguments else metrics()
         container = nodes.container()
-        self.state.nested_parse(StringList(rows(), "METRICS"), 0, container)
+        self.state.nested_parse(StringList(lines, "tables"), 0, container)
         return container.children
 
 
 def setup(app: Sphinx):
     """Register with Sphinx."""
-    app.add_directive("metrics-table", MetricsTable)
+    app.add_directive("metrics-table", Table)
+    app.add_directive("results-table", Table)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

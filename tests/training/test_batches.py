@@ -91,6 +91,7 @@ def test_one_program_for_training_and_one_for_evaluation():
     assert (training, evaluation) == (1, 2)  # the second without keys asks for the input's shape
 
 
+@pytest.mark.slow
 def test_the_student_that_comes_back_normalises_with_its_running_statistics():
     images = np.random.default_rng(0).normal(size=(32, 8, 8, 1)).astype(np.float32)
     labels = np.arange(32) % 3
