@@ -81,6 +81,10 @@ def _mean(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
     return f"{numbers.row(dataset, regime, row)['accuracy']['mean']:.1f}%"
 
 
+def _teacher(numbers: Numbers, dataset: str, regime: str) -> str:
+    return f"{numbers.content(dataset, regime)['about']['teacher_accuracy']:.1f}%"
+
+
 def _gain(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
     d = numbers.row(dataset, regime, row)["difference"]
     p = intervals.p_text(d["p_holm"])
@@ -105,6 +109,7 @@ def _over(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
 _PLACES = {
     "table": _table,
     "note": _note,
+    "teacher": _teacher,
     "mean": _mean,
     "gain": _gain,
     "points": _points,

@@ -12,7 +12,13 @@ from .. import intervals
 from .study import FIXED, FIXED_RATE
 
 POWER = 0.8
-REFERENCES = {"kd+cw2": "kd", "kd+procrustes": "kd"}
+# What a row is also held against: of a sum its first part, of a rotation the distance without.
+REFERENCES = {
+    "kd+cw2": "kd",
+    "kd+procrustes": "kd",
+    "cw2:rotation=true": "cw2",
+    "gaussian-cw2:rotation=true": "gaussian-cw2",
+}
 
 
 def chosen(found: dict[str, Any]) -> str:
@@ -29,7 +35,7 @@ def summarised(content: dict[str, Any]) -> dict[str, Any]:
       ``{"seeds", "rows", "detectable"}``. By row: ``accuracy`` (`intervals.summary`, of the chosen
       lambda), ``lambdas`` (the chosen ones, a seed each), ``difference`` to the first row
       (`intervals.compare`), ``others``: differences at what nobody chose, by its name; and
-      ``against``, of a sum of metrics, the difference to its first part.
+      ``against``, the difference to another row of REFERENCES.
     """
     rows = content["rows"]
     seeds = sorted(set.intersection(*({*map(int, found)} for found in rows.values())))

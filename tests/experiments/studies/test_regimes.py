@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_numbers_that_are_there_are_kept_and_of_another_study_refused(tmp_path):
 
 @pytest.mark.slow
 def test_smoke_runs_and_again_trains_nothing(tmp_path, capsys):
-    some = ("transfer", "label-free", "shift")
+    some = ("transfer", "shift")
     settings = regimes.Regimes(out=str(tmp_path), smoke=True, regimes=some)
     regimes.run(settings)
     assert capsys.readouterr().out.count("Numbers: ") == len(some)
@@ -224,3 +225,10 @@ def test_the_page_has_its_numbers_from_the_files(tmp_path):
         page.filled("{{mean mnist few w2}}", page.Numbers(tmp_path))
     with pytest.raises(UsageError, match=r"noise\.json is missing"):
         page.filled("{{mean mnist noise w2}}", page.Numbers(tmp_path))
+
+
+def test_the_page_in_docs_is_what_its_numbers_make():
+    docs = Path(__file__).parents[3] / "docs"
+    text = (docs / "results/regimes/page.txt").read_text()
+    made = page.filled(text, page.Numbers(docs / "results/regimes"))
+    assert (docs / "when-does-it-help.md").read_text() == made, "python docs/results/regimes.py"
