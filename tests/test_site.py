@@ -93,10 +93,14 @@ def spread(accuracies):
 
 def test_the_results_page_has_what_the_studies_wrote():
     few, turned = result("few_labels"), result("shifted_domain")
+    digits = result("digits")["datasets"]["digits"]["rows"]
     cifar = result("h200")["cifar10"]["test accuracy per epoch, %"]
     rows = {
         "| MNIST, 100 labels": [spread(few["alone"]), spread(few["with a transfer set"])],
         "| MNIST turned": [spread(turned["turned"]), spread(turned["from a bank"])],
+        "| digits, all labels": [
+            "{mean:.2f}% ± {sd:.2f}".format(**digits[k]["last"]) for k in ("none", "jw2")
+        ],
         "| CIFAR-10, all labels": [f"{cifar[k][-1]:.2f}%" for k in ("student", "jw2")],
     }
     for start, cells in rows.items():
