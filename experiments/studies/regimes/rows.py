@@ -33,7 +33,7 @@ class Row:
     all_labels: bool = False
 
 
-NONE, KD = "none", "kd"
+NONE = "none"
 # The student alone, and what a reviewer would hold against the others.
 CONTROLS = {
     NONE: Row(None),
@@ -59,5 +59,7 @@ METRICS = (
     "kd+cw2", "kd+procrustes",
 )  # fmt: skip
 ROWS = {**CONTROLS, **{metric: Row(metric) for metric in METRICS}}
-# What needs no labels of the student's, and no logits of its own that nothing trains.
-LABEL_FREE = tuple(name for name in METRICS if not name.startswith("jw2"))
+# What can be trained without labels: jw2 takes logits of the student's that nothing trains then.
+LABEL_FREE = tuple(
+    row for row, one in ROWS.items() if not (one.all_labels or str(one.metric).startswith("jw2"))
+)

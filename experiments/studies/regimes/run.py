@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from ...data.load import load
 from . import adapted, labelled
 from .networks import World, world
+from .rows import LABEL_FREE as LABEL_FREE_ROWS
 from .rows import ROWS
 from .store import Store
 from .study import (
@@ -110,8 +111,7 @@ def rows_of(regime: str, study: Study) -> tuple[str, ...]:
         return CURVE_ROWS
     if regime == "pairs":
         return PAIRS_ROWS
-    skipped = "none, validation labels trained on"
-    return tuple(row for row in ROWS if regime in LABELLED or row != skipped)
+    return tuple(ROWS) if regime in LABELLED else LABEL_FREE_ROWS
 
 
 def _shown(work: Sequence[Any], title: str):

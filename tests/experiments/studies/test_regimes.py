@@ -13,6 +13,7 @@ from experiments.common.errors import UsageError
 from experiments.data.load import load
 from experiments.studies.regimes import adapted, labelled, networks, page, splits, summary
 from experiments.studies.regimes.rows import ROWS, Row
+from experiments.studies.regimes.run import rows_of
 from experiments.studies.regimes.shifts import shift
 from experiments.studies.regimes.store import Store
 from experiments.studies.regimes.study import LABEL_FREE, LABELLED, SHIFTS, STUDIES, smoked
@@ -232,3 +233,9 @@ def test_the_page_in_docs_is_what_its_numbers_make():
     text = (docs / "results/regimes/page.txt").read_text()
     made = page.filled(text, page.Numbers(docs / "results/regimes"))
     assert (docs / "when-does-it-help.md").read_text() == made, "python docs/results/regimes.py"
+
+
+def test_without_labels_nothing_takes_logits_that_nobody_trains():
+    rows = rows_of("label-free", STUDIES["mnist"])
+    assert {"none", "cw2", "kd"} <= {*rows} < {*rows_of("few", STUDIES["mnist"])}
+    assert [row for row in rows if row.startswith("jw2") or "validation" in row] == []
