@@ -15,7 +15,7 @@ from kd2m_jax import NonFiniteLoss, Outputs, fit, outputs, predict
 from .networks import World, student
 from .rows import Row
 from .splits import Split, labelled
-from .study import AUTO, FIXED, LABEL_FREE, LAMBDAS, PAIRED, RATE, Coefs, Study
+from .study import AUTO, FIXED, LABEL_FREE, LAMBDAS, PAIRED, RATE, WIDEST, Coefs, Study
 
 Tried = dict[str, list[float] | None]
 
@@ -26,9 +26,11 @@ def trained(
     regime: str,
     row: Row,
     seed: int,
-    coefs: Coefs = (*LAMBDAS, *AUTO),
+    coefs: Coefs | None = None,
 ) -> dict[str, Any]:
     """Train a row's students of one seed in one program, one per lambda.
+
+    ``coefs=None`` takes the study's grid and widens it, see `beyond`.
 
     Returns:
       ``{"tried": {lambda: [validation, test]}, "cpu_seconds": ...}``: accuracies in percent. A
@@ -38,8 +40,30 @@ def trained(
     split = labelled(study, regime, world.y, seed)
     if regime == "full":
         study = dataclasses.replace(study, steps=study.full_steps)
-    tried = _tried(world, study, row, seed, split, coefs if row.metric else ("none",))
+    if row.metric is None:
+        tried = _tried(world, study, row, seed, split, ("none",))
+    else:
+        tried = _tried(world, study, row, seed, split, coefs or (*LAMBDAS, *AUTO))
+        while coefs is None and (more := beyond(tried)):
+            tried |= _tried(world, study, row, seed, split, more)
     return {"tried": tried, "cpu_seconds": round(time.process_time() - start, 1)}
+
+
+def beyond(tried: Tried) -> Coefs:
+    """Return the next lambda to try where the best of validation is at an end of the grid.
+
+    The smallest of equals counts, as in the table. None beyond WIDEST, none where all diverged.
+    """
+    lambdas = sorted(float(name) for name in tried if not name.startswith("auto"))
+    scores = {one: score[0] for one in lambdas if (score := tried[str(one)])}
+    if not scores:
+        return ()
+    best = max(scores, key=scores.__getitem__)
+    if best == lambdas[0] and best > WIDEST[0]:
+        return (float(f"{best / 10:g}"),)
+    if best == lambdas[-1] and best < WIDEST[1]:
+        return (float(f"{best * 10:g}"),)
+    return ()
 
 
 def _tried(world: World, study: Study, row: Row, seed: int, split: Split, coefs: Coefs) -> Tried:

@@ -21,7 +21,6 @@ from .study import (
     CURVES,
     LABEL_FREE,
     LABELLED,
-    LAMBDAS,
     PAIRS_ROWS,
     SMOKE_COEFS,
     SMOKE_METHODS,
@@ -81,8 +80,8 @@ def _fill(
         elif regime == "pairs":
             found = labelled.paired(seen, study, ROWS[row], seed)
         else:
-            grid = CURVE if regime.startswith("curve-") else LAMBDAS
-            coefs = (study.coefs[row],) if study.coefs else (*grid, *AUTO)
+            coefs = (*CURVE, *AUTO) if regime.startswith("curve-") else None
+            coefs = (study.coefs[row],) if study.coefs else coefs
             coefs = SMOKE_COEFS if smoke else coefs
             labels = regime.removeprefix("curve-")
             found = labelled.trained(seen, study, labels, ROWS[row], seed, coefs)

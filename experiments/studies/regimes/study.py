@@ -6,6 +6,8 @@ Coefs = tuple[float | str, ...]
 
 # Lambdas of every row: FIXED, for those without validation labels, is one of them.
 LAMBDAS, FIXED = (0.01, 0.1, 1.0, 10.0, 100.0), 1.0
+# Where the best is at an end, the grid goes on by tens, no further than this.
+WIDEST = (1e-4, 1e4)
 # And what needs none: lambda from the gradients' norms, at two ratios.
 AUTO = ("auto:0.1", "auto:1")
 # Learning rates of the adaptation to a shifted domain, likewise.

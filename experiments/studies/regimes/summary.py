@@ -22,10 +22,11 @@ REFERENCES = {
 
 
 def chosen(found: dict[str, Any]) -> str:
-    """Return the lambda or learning rate with the best validation accuracy, the first of equals."""
+    """Return the lambda or learning rate that is best in validation, the smallest of equals."""
     known = {name: score[0] for name, score in found["tried"].items() if score and name != "none"}
     known = {k: v for k, v in known.items() if not k.startswith("auto")}
-    return max(known, key=known.__getitem__) if known else next(iter(found["tried"]))
+    by_size = sorted(known, key=float)
+    return max(by_size, key=known.__getitem__) if known else next(iter(found["tried"]))
 
 
 def summarised(content: dict[str, Any]) -> dict[str, Any]:

@@ -151,6 +151,27 @@ def test_lambda_is_chosen_on_validation_images_and_never_on_test_images():
     assert summary.chosen({"tried": tried}) == "1.0"
     assert summary.chosen({"tried": {"0.1": None, "1.0": [1.0, 2.0]}}) == "1.0"
     assert summary.chosen({"tried": {"none": [50.0, 60.0]}}) == "none"
+    # The smallest of equals, in whatever order they were tried.
+    assert summary.chosen({"tried": {"0.01": [50.0, 1.0], "0.001": [50.0, 2.0]}}) == "0.001"
+
+
+@pytest.mark.parametrize(
+    ("validation", "further"),
+    [
+        ({0.01: 90, 1.0: 80, 100.0: 70}, (0.001,)),
+        ({0.01: 90, 1.0: 90, 100.0: 90}, (0.001,)),  # the smallest of equals is at the end, too
+        ({0.01: 70, 1.0: 80, 100.0: 90}, (1000.0,)),
+        ({0.01: 70, 1.0: 90, 100.0: 80}, ()),
+        ({0.01: 70, 1.0: 90, 100.0: 90}, ()),
+        ({0.01: None, 1.0: 90, 100.0: 80}, ()),
+        ({0.01: None, 1.0: None}, ()),
+        ({0.0001: 90, 1.0: 80}, ()),  # no further
+        ({1.0: 80, 10000.0: 90}, ()),
+    ],
+)
+def test_the_grid_is_widened_where_the_best_lambda_is_at_its_end(validation, further):
+    tried = {str(one): None if score is None else [score, 0.0] for one, score in validation.items()}
+    assert labelled.beyond(tried | {"auto:1": [99.0, 99.0]}) == further
 
 
 def test_tables_are_of_paired_differences_and_corrected():
