@@ -8,8 +8,8 @@ regimes/page.txt.
 
 import pathlib
 
-from experiments.studies.regimes import page
+from experiments.studies.regimes import drawing
 
 if __name__ == "__main__":
     here = pathlib.Path(__file__).parent
-    page.write(here / "regimes", here.parent / "when-does-it-help.md")
+    drawing.write(here / "regimes", here.parent / "when-does-it-help.md")

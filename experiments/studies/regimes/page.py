@@ -1,8 +1,8 @@
 """The page on when it helps: a text with places for numbers, filled from the JSON files. No JAX.
 
 A place is in double braces: ``{{table mnist transfer}}``, ``{{note mnist transfer}}``, or with a
-row ``{{gain mnist transfer cw2}}``; likewise ``mean``, ``points`` and ``over``, and ``fixed`` with
-a lambda behind the row.
+row ``{{gain mnist transfer cw2}}``; likewise ``mean``, ``points`` and ``over``; ``fixed`` and
+``fixedgain`` with a lambda behind the row; ``right`` and ``swaps`` of pairs, ``range`` of a curve.
 """
 
 import functools
@@ -10,17 +10,10 @@ import pathlib
 import re
 from typing import Any
 
-from ...common import figures, files, tables
+from ...common import files, tables
 from ...common.errors import UsageError
 from .. import intervals
 from . import summary
-
-PANELS = {
-    "few": "few labels, few images",
-    "transfer": "few labels, many images",
-    "noise": "40% of labels wrong",
-    "full": "all labels",
-}
 
 
 class Numbers:
@@ -86,7 +79,10 @@ def _teacher(numbers: Numbers, dataset: str, regime: str) -> str:
 
 
 def _gain(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
-    d = numbers.row(dataset, regime, row)["difference"]
+    return _with_p(numbers.row(dataset, regime, row)["difference"])
+
+
+def _with_p(d: dict[str, Any]) -> str:
     p = intervals.p_text(d["p_holm"])
     p = f"p {p}" if p[0] == "<" else f"p = {p}"
     return f"{summary.signed(d['mean'])} {summary.interval_text(d['interval'])}, {p}"
@@ -101,9 +97,45 @@ def _fixed(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
     return summary.signed(numbers.row(dataset, regime, row)["others"][name]["mean"])
 
 
+def _fixedgain(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
+    row, _, name = row.rpartition(" ")
+    return _with_p(numbers.row(dataset, regime, row)["others"][name])
+
+
 def _over(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
     ((name, d),) = numbers.row(dataset, regime, row)["against"].items()
     return f"{summary.signed(d['mean'])} {summary.interval_text(d['interval'])} over `{name}`"
+
+
+def _right(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
+    """Write the share of pairs of one class, before and after training, mean over seeds."""
+    found = numbers.content(dataset, regime)["rows"][row].values()
+    before, after = (100 * sum(one["right"][i] for one in found) / len(found) for i in (0, 1))
+    return f"{before:.0f}% before training, {after:.0f}% after"
+
+
+def _swaps(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
+    """Write which class of the teacher's most images of a class are paired with, of one seed."""
+    counts = numbers.content(dataset, regime)["rows"][row]["0"]["pairs"]
+    partners = ((i, max(range(len(line)), key=line.__getitem__)) for i, line in enumerate(counts))
+    return ", ".join(f"{i} with {j}" for i, j in partners if i != j)
+
+
+def _range(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
+    """Write the lambdas of a curve whose mean accuracy is within a point of the best."""
+    found = curve(numbers.content(dataset, regime)["rows"][row])
+    means = {name: one["mean"] for name, one in found.items() if name[0] != "a" and one["mean"]}
+    good = [float(name) for name, mean in means.items() if mean >= max(means.values()) - 1]
+    return f"{min(good):g} to {max(good):g}"
+
+
+def curve(seeds: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return each lambda's summary over the seeds of a row."""
+    names = next(iter(seeds.values()))["tried"]
+    return {
+        name: intervals.summary([(one["tried"][name] or [None, None])[1] for one in seeds.values()])
+        for name in names
+    }
 
 
 _PLACES = {
@@ -114,73 +146,9 @@ _PLACES = {
     "gain": _gain,
     "points": _points,
     "fixed": _fixed,
+    "fixedgain": _fixedgain,
     "over": _over,
+    "right": _right,
+    "swaps": _swaps,
+    "range": _range,
 }
-
-
-def draw(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
-    """Draw every row's difference to the labels alone, a panel for each regime with labels."""
-    there = [name for name in PANELS if (numbers.folder / dataset / f"{name}.json").exists()]
-    found = {regime: numbers.summary(dataset, regime)["rows"] for regime in there}
-    names = [name for name, row in next(iter(found.values())).items() if row["difference"]]
-    figure, axes = figures.plt.subplots(
-        1, len(found), figsize=(3 + 2.6 * len(found), 0.6 + 0.24 * len(names)),
-        sharey=True, squeeze=False,
-    )  # fmt: skip
-    axes = axes[0]
-    for axis, (regime, rows) in zip(axes, found.items(), strict=True):
-        axis.axvline(0, color=figures.GREY, linewidth=1)
-        for y, name in enumerate(names):
-            difference = rows[name]["difference"]
-            verdict = intervals.verdict(difference, "p_holm")
-            colour = {1: figures.GREEN, -1: figures.RED, 0: figures.GREY}[verdict]
-            figures.dot(axis, difference, -y, colour)
-        axis.set_title(PANELS[regime], fontsize=10)
-        axis.set_xlabel("points over labels alone", fontsize=9)
-    axes[0].set_yticks([-y for y in range(len(names))], names, fontsize=8)
-    figures.finish(figure, path)
-
-
-def draw_curves(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
-    """Draw test accuracy against lambda with what auto reaches, a panel per regime."""
-    names = [name for name in PANELS if (numbers.folder / dataset / f"curve-{name}.json").exists()]
-    figure, axes = figures.plt.subplots(
-        1, len(names), figsize=(5 * len(names), 3.4), squeeze=False, sharey=True
-    )
-    for axis, regime in zip(axes[0], names, strict=True):
-        rows = numbers.content(dataset, f"curve-{regime}")["rows"]
-        for (name, seeds), (colour, marker) in zip(rows.items(), figures.LINES, strict=False):
-            found = _by_lambda(seeds)
-            if "none" in found:
-                axis.axhline(found["none"]["mean"], color=figures.GREY, linewidth=1, label=name)
-                continue
-            fixed = {float(k): v for k, v in found.items() if k[0] != "a"}
-            axis.plot(fixed, [v["mean"] for v in fixed.values()], color=colour, marker=marker,
-                      markersize=4, linewidth=1.2, label=name)  # fmt: skip
-            for coef, style in (("auto:0.1", ":"), ("auto:1", "--")):
-                axis.axhline(found[coef]["mean"], color=colour, linestyle=style, linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_xlabel("λ (dotted: auto:0.1, dashed: auto:1)")
-        axis.set_title(PANELS[regime], fontsize=10)
-    axes[0][0].set_ylabel("test accuracy (%)")
-    axes[0][0].legend(fontsize=8)
-    figures.finish(figure, path)
-
-
-def _by_lambda(seeds: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return each lambda's summary over seeds."""
-    names = next(iter(seeds.values()))["tried"]
-    return {
-        name: intervals.summary([(one["tried"][name] or [None, None])[1] for one in seeds.values()])
-        for name in names
-    }
-
-
-def write(folder: pathlib.Path, page: pathlib.Path) -> None:
-    """Write the page from the text and the numbers in a folder, and its figure."""
-    numbers = Numbers(folder)
-    text = (folder / "page.txt").read_text(encoding="utf-8")
-    files.write(page, filled(text, numbers))
-    draw(numbers, "mnist", folder / "mnist.png")
-    if list(folder.glob("mnist/curve-*.json")):
-        draw_curves(numbers, "mnist", folder / "mnist-lambda.png")

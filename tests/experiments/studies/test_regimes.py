@@ -11,7 +11,7 @@ from scipy import stats
 from experiments import regimes
 from experiments.common.errors import UsageError
 from experiments.data.load import load
-from experiments.studies.regimes import adapted, labelled, networks, page, splits, summary
+from experiments.studies.regimes import adapted, drawing, labelled, networks, page, splits, summary
 from experiments.studies.regimes.rows import ROWS, Row
 from experiments.studies.regimes.run import rows_of
 from experiments.studies.regimes.shifts import shift
@@ -235,18 +235,48 @@ def test_the_page_has_its_numbers_from_the_files(tmp_path):
     file = tmp_path / "mnist" / "few.json"
     file.write_text(json.dumps(content({"none": alone, "kd": kd, "kd+cw2": kd})))
     text = "{{mean mnist few none}}, {{gain mnist few kd}}; {{points mnist few kd}}, "
-    text += "{{fixed mnist few kd 1.0}}; {{over mnist few kd+cw2}}\n{{table mnist few}}"
+    text += "{{fixed mnist few kd 1.0}}; {{over mnist few kd+cw2}}; "
+    text += "{{fixedgain mnist few kd 1.0}}\n{{table mnist few}}"
     found = page.filled(text, page.Numbers(tmp_path))
     assert found.startswith("71.0%, +5.2 [+4.4, +5.9], p = 0.002; +5.2, -11.0; +0.0 unknown over")
+    assert "`kd`; -11.0 [-13.5, -8.5], p = 0.005\n" in found  # of two rows
     assert "| `kd` |" in found and "{{" not in found
     (tmp_path / "page.txt").write_text("{{note mnist few}}")
-    page.write(tmp_path, tmp_path / "out.md")
+    drawing.write(tmp_path, tmp_path / "out.md")
     assert "3 seeds" in (tmp_path / "out.md").read_text()
     assert (tmp_path / "mnist.png").stat().st_size > 1000
     with pytest.raises(UsageError, match="has no row 'w2': none, kd, kd\\+cw2"):
         page.filled("{{mean mnist few w2}}", page.Numbers(tmp_path))
     with pytest.raises(UsageError, match=r"noise\.json is missing"):
         page.filled("{{mean mnist noise w2}}", page.Numbers(tmp_path))
+
+
+def test_pairs_and_curves_on_the_page(tmp_path):
+    (tmp_path / "mnist").mkdir()
+
+    def put(name, rows):
+        (tmp_path / "mnist" / f"{name}.json").write_text(json.dumps({"rows": rows}))
+
+    one = {"right": [0.1, 0.31], "pairs": [[1, 9, 0], [8, 2, 0], [0, 1, 9]]}
+    pairs = {"0": one, "1": one | {"right": [0.2, 0.5]}}
+    put("pairs", dict.fromkeys(("w2", "gaussian-w2", "cw2"), pairs))
+    accuracies = {
+        "0.1": 70.0,
+        "1.0": 90.5,
+        "10.0": 91.0,
+        "100.0": 90.0,
+        "auto:0.1": 92,
+        "auto:1": 60,
+    }
+    kd = {"0": {"tried": {name: [0.0, a] for name, a in accuracies.items()}}}
+    put("curve-noise", {"none": {"0": {"tried": {"none": [0.0, 70.0]}}}, "kd": kd})
+    text = "{{right mnist pairs w2}}; {{swaps mnist pairs w2}}; {{range mnist curve-noise kd}}"
+    found = page.filled(text, page.Numbers(tmp_path))
+    assert found == "15% before training, 40% after; 0 with 1, 1 with 0; 1 to 100"
+    (tmp_path / "page.txt").write_text("")
+    drawing.write(tmp_path, tmp_path / "out.md")
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures == {"mnist-pairs.png", "mnist-lambda.png"}
 
 
 def test_the_page_in_docs_is_what_its_numbers_make():

@@ -1,0 +1,120 @@
+"""The figures of the page on when it helps, of every data set whose numbers are there. No JAX."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from ...common import figures, files
+from .. import intervals
+from .page import Numbers, curve, filled
+from .study import PAIRS_ROWS
+
+LABELLED = {
+    "few": "few labels, few images",
+    "transfer": "few labels, many images",
+    "noise": "40% of labels wrong",
+    "full": "all labels",
+}
+SHIFTED = {
+    "shift-rotation": "rotated 30°",
+    "shift-noise": "noise 0.5",
+    "shift-translation": "moved 2 px",
+    "shift-blur": "blurred",
+    "shift-rotation-unequal": "rotated,\nunequal classes",
+    "shift-noise-unequal": "noise,\nunequal classes",
+}
+
+
+def write(folder: pathlib.Path, page: pathlib.Path) -> None:
+    """Write the page from the text and the numbers in a folder, and its figures."""
+    numbers = Numbers(folder)
+    text = (folder / "page.txt").read_text(encoding="utf-8")
+    files.write(page, filled(text, numbers))
+    for place in sorted(one for one in folder.iterdir() if one.is_dir()):
+        figure = folder / f"{place.name}.png"
+        _draw_rows(numbers, place.name, LABELLED, "points over labels alone", figure)
+        figure = folder / f"{place.name}-shift.png"
+        _draw_rows(numbers, place.name, SHIFTED, "points over no adaptation", figure)
+        _draw_curves(numbers, place.name, folder / f"{place.name}-lambda.png")
+        if (place / "pairs.json").exists():
+            _draw_pairs(numbers, place.name, folder / f"{place.name}-pairs.png")
+
+
+def _there(numbers: Numbers, dataset: str, panels: dict[str, str], prefix: str = "") -> list[str]:
+    """Return the regimes whose numbers are there."""
+    return [name for name in panels if (numbers.folder / dataset / f"{prefix}{name}.json").exists()]
+
+
+def _draw_rows(
+    numbers: Numbers, dataset: str, panels: dict[str, str], label: str, path: pathlib.Path
+) -> None:
+    """Draw every row's difference to the first, a panel per regime."""
+    found = {
+        regime: numbers.summary(dataset, regime)["rows"]
+        for regime in _there(numbers, dataset, panels)
+    }
+    if not found:
+        return
+    names = [name for name, row in next(iter(found.values())).items() if row["difference"]]
+    figure, axes = figures.plt.subplots(
+        1, len(found), figsize=(3 + 2.2 * len(found), 0.9 + 0.24 * len(names)),
+        sharey=True, squeeze=False,
+    )  # fmt: skip
+    axes = axes[0]
+    for axis, (regime, rows) in zip(axes, found.items(), strict=True):
+        axis.axvline(0, color=figures.GREY, linewidth=1)
+        for y, name in enumerate(names):
+            difference = rows[name]["difference"]
+            verdict = intervals.verdict(difference, "p_holm")
+            colour = {1: figures.GREEN, -1: figures.RED, 0: figures.GREY}[verdict]
+            figures.dot(axis, difference, -y, colour)
+        axis.set_title(panels[regime], fontsize=10)
+        axis.set_xlabel(label, fontsize=9)
+    axes[0].set_yticks([-y for y in range(len(names))], names, fontsize=8)
+    figures.finish(figure, path)
+
+
+def _draw_curves(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
+    """Draw test accuracy against lambda with what auto reaches, a panel per regime."""
+    names = _there(numbers, dataset, LABELLED, "curve-")
+    if not names:
+        return
+    figure, axes = figures.plt.subplots(
+        1, len(names), figsize=(5 * len(names), 3.4), squeeze=False, sharey=True
+    )
+    for axis, regime in zip(axes[0], names, strict=True):
+        rows = numbers.content(dataset, f"curve-{regime}")["rows"]
+        for (name, seeds), (colour, marker) in zip(rows.items(), figures.LINES, strict=False):
+            _draw_curve(axis, name, curve(seeds), colour, marker)
+        axis.set_xscale("log")
+        axis.set_xlabel("λ (dotted: auto:0.1, dashed: auto:1)")
+        axis.set_title(LABELLED[regime], fontsize=10)
+    axes[0][0].set_ylabel("test accuracy (%)")
+    axes[0][0].legend(fontsize=8)
+    figures.finish(figure, path)
+
+
+def _draw_curve(axis, name: str, found: dict[str, Any], colour: str, marker: str) -> None:
+    if "none" in found:
+        axis.axhline(found["none"]["mean"], color=figures.GREY, linewidth=1, label=name)
+        return
+    fixed = {float(k): v["mean"] for k, v in found.items() if k[0] != "a"}
+    style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2}
+    axis.plot(list(fixed), list(fixed.values()), **style, label=name)
+    for coef, line in (("auto:0.1", ":"), ("auto:1", "--")):
+        axis.axhline(found[coef]["mean"], color=colour, linestyle=line, linewidth=0.8)
+
+
+def _draw_pairs(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
+    """Draw whom optimal transport pairs after training: the student's class, the teacher's."""
+    figure, axes = figures.plt.subplots(1, len(PAIRS_ROWS), figsize=(10, 3.6), sharey=True)
+    for axis, row in zip(axes, PAIRS_ROWS, strict=True):
+        counts = np.asarray(numbers.content(dataset, "pairs")["rows"][row]["0"]["pairs"])
+        axis.imshow(counts / counts.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(row, fontsize=10)
+        axis.set_xlabel("class of the teacher's row")
+        axis.set_xticks(range(len(counts)))
+        axis.set_yticks(range(len(counts)))
+    axes[0].set_ylabel("class of the student's row")
+    figures.finish(figure, path)
