@@ -7,7 +7,6 @@ the same command goes on after a stop.
 """
 
 import dataclasses
-import os
 from typing import Annotated, ClassVar, Literal
 
 from .common.cli import Flags, main, optional
@@ -55,6 +54,4 @@ def run(settings: Regimes) -> None:
 
 
 if __name__ == "__main__":
-    # OpenBLAS beside XLA's own threads makes small decompositions 10 to 40 times slower.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     main(Regimes(), run, module="experiments.regimes", description=__doc__)

@@ -1,7 +1,8 @@
 """Tables that are made while the site is built: a page cannot disagree with code or numbers.
 
 ``metrics-table`` has every entry of the catalogue; ``results-table:: digits`` what
-``python -m experiments.table`` wrote, as docs/results/digits.json.
+``python -m experiments.table`` wrote, as docs/results/digits.json; ``bench-table:: gaussian`` what
+``python -m experiments.bench --suite=gaussian`` wrote, as docs/results/bench/gaussian.json.
 """
 
 import json
@@ -13,6 +14,7 @@ from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
+from experiments.common import tables
 from experiments.studies import provenance, text
 from kd2m_jax import losses
 
@@ -47,6 +49,28 @@ def results(name: str) -> list[str]:
     return [*lines, provenance.sentence(table)]
 
 
+def bench(name: str) -> list[str]:
+    """Return a suite's command, its table, which targets are met, and the machine."""
+    suite = json.loads((RESULTS / "bench" / f"{name}.json").read_text())
+    header, *rows = tables.cells(suite["rows"])
+    versions = ", ".join(f"{key} {value}" for key, value in suite["versions"].items() if value)
+    return [
+        "::",
+        "",
+        f"   python -m experiments.bench --suite={name}",
+        "",
+        *list_table([header, *rows]),
+        "",
+        *(f"- {note}" for note in suite["notes"]),
+        "",
+        f"{suite['date']}, {suite['processor']}, {suite['cores']} cores, "
+        f"Python {suite['python']}, {versions}.",
+    ]
+
+
+MAKERS = {"metrics-table": metrics, "results-table": results, "bench-table": bench}
+
+
 class Table(Directive):
     """A directive for `eval-rst` whose content is reStructuredText that a function returns."""
 
@@ -54,7 +78,7 @@ class Table(Directive):
 
     def run(self):
         """Return what the text makes."""
-        lines = results(self.arguments[0]) if self.arguments else metrics()
+        lines = MAKERS[self.name](*self.arguments)
         container = nodes.container()
         self.state.nested_parse(StringList(lines, "tables"), 0, container)
         return container.children
@@ -62,6 +86,6 @@ class Table(Directive):
 
 def setup(app: Sphinx):
     """Register with Sphinx."""
-    app.add_directive("metrics-table", Table)
-    app.add_directive("results-table", Table)
+    for name in MAKERS:
+        app.add_directive(name, Table)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

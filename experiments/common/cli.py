@@ -167,6 +167,9 @@ def prepare_jax() -> None:
     """
     set_compiler_flags()
     keep_memory()
+    # JAX decomposes matrices with OpenBLAS, whose threads wait for XLA's: gaussian_cw2 takes 2.2 ms
+    # with one and 19 to 57 with two (n = 128, d = 64, two cores), 80 and 280 to 1,250 at n = 512.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # No traceback beside each operation: a twentieth of the CPU time of a digits run.
     os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     # Where there is no home a literal ~ is left: then no programs are kept.

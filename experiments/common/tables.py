@@ -14,12 +14,17 @@ def markdown(table: Sequence[Sequence[str]], words: int = 1) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (table[0], rule, *table[1:])]
 
 
-def of_records(records: Sequence[dict]) -> str:
-    """Lay out records for a terminal, numbers to three digits, a dash for what one lacks."""
+def cells(records: Sequence[dict]) -> list[list[str]]:
+    """Write records as a header and rows, numbers to three digits, a dash for what one lacks."""
     header = list(dict.fromkeys(key for record in records for key in record))
-    table = [header, *([_cell(record.get(key)) for key in header] for record in records)]
+    return [header, *([_cell(record.get(key)) for key in header] for record in records)]
+
+
+def of_records(records: Sequence[dict]) -> str:
+    """Lay out records for a terminal."""
+    table = cells(records)
     return _laid_out(
-        table, [any(isinstance(record.get(key), str) for record in records) for key in header]
+        table, [any(isinstance(record.get(key), str) for record in records) for key in table[0]]
     )
 
 

@@ -41,6 +41,14 @@ def test_glibc_is_told_to_keep_memory_and_any_other_is_left_alone(monkeypatch):
     assert len(told) == 3
 
 
+@pytest.mark.parametrize(("given", "found"), [({}, "1"), ({"OPENBLAS_NUM_THREADS": "8"}, "8")])
+def test_decompositions_take_one_thread_unless_the_user_says_more(monkeypatch, given, found):
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    monkeypatch.setattr(cli.os, "environ", dict(given))
+    cli.prepare_jax()
+    assert cli.os.environ["OPENBLAS_NUM_THREADS"] == found
+
+
 def test_a_loss_that_is_not_finite_says_what_to_try(monkeypatch, capsys):
     def run(settings):
         raise NonFiniteLoss("the loss is not finite at step 3")
