@@ -26,11 +26,13 @@ class Row:
       metric: a name for `kd2m_jax.fit`, a function, or None for the labels alone.
       untrained: whether the teacher is the same network before training.
       all_labels: whether the validation labels are trained on, too: there is no lambda to choose.
+      shorter: whether it is trained for a third of the steps.
     """
 
     metric: str | Callable | None
     untrained: bool = False
     all_labels: bool = False
+    shorter: bool = False
 
 
 NONE = "none"
@@ -38,6 +40,7 @@ NONE = "none"
 CONTROLS = {
     NONE: Row(None),
     "none, validation labels trained on": Row(None, all_labels=True),
+    "none, a third of the steps": Row(None, shorter=True),
     "cross-entropy on the teacher's classes": Row(teacher_classes),
     "l2 to an untrained teacher": Row("l2", untrained=True),
     "cw2 to an untrained teacher": Row("cw2", untrained=True),
@@ -61,5 +64,7 @@ METRICS = (
 ROWS = {**CONTROLS, **{metric: Row(metric) for metric in METRICS}}
 # What can be trained without labels: jw2 takes logits of the student's that nothing trains then.
 LABEL_FREE = tuple(
-    row for row, one in ROWS.items() if not (one.all_labels or str(one.metric).startswith("jw2"))
+    row
+    for row, one in ROWS.items()
+    if not (one.all_labels or one.shorter or str(one.metric).startswith("jw2"))
 )

@@ -37,10 +37,11 @@ class Study:
       filters: of the teacher's convolutions, each of stride 2.
       teacher_epochs: how long it is trained.
       steps: of each student.
+      noise_steps: of each student with wrong labels: enough for it to fit them.
       full_steps: of each student that has all labels.
       adaptation_steps: of each student that is adapted.
       batch: labelled images per step, or fewer where there are fewer.
-      batch_beside: the same where the distance sees other images.
+      batch_beside: the same where the distance sees other images, too.
       transfer_batch: images of the transfer set per step.
       adaptation_batch: shifted images per step.
       held: training images that no teacher and no student is trained on, for validation.
@@ -58,6 +59,7 @@ class Study:
     filters: tuple[int, ...]
     teacher_epochs: int
     steps: int
+    noise_steps: int
     full_steps: int
     adaptation_steps: int
     batch: int = 128
@@ -80,6 +82,7 @@ STUDIES = {
         filters=(16, 32),
         teacher_epochs=60,
         steps=400,
+        noise_steps=400,
         full_steps=400,
         adaptation_steps=300,
         adaptation_batch=128,
@@ -92,6 +95,7 @@ STUDIES = {
         filters=(16, 32, 64),
         teacher_epochs=6,
         steps=500,
+        noise_steps=1000,
         full_steps=1500,
         adaptation_steps=500,
         held=10_000,
@@ -107,6 +111,7 @@ STUDIES = {
         filters=(32, 64, 128),
         teacher_epochs=12,
         steps=500,
+        noise_steps=1000,
         full_steps=1500,
         adaptation_steps=500,
         held=10_000,
@@ -124,6 +129,7 @@ STUDIES = {
         filters=(32, 64, 128),
         teacher_epochs=12,
         steps=500,
+        noise_steps=1000,
         full_steps=1000,
         adaptation_steps=300,
         held=10_000,
@@ -153,6 +159,7 @@ def smoked(study: Study) -> Study:
         study,
         teacher_epochs=1,
         steps=4,
+        noise_steps=4,
         full_steps=4,
         adaptation_steps=2,
         batch=32,
