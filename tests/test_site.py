@@ -117,3 +117,18 @@ def test_the_table_of_solvers_has_what_the_study_wrote():
         assert sinkhorn == f"{found['sinkhorn'][-1]:.2f}%"
         half = f"{found['its 95% half-width']:.2f}"
         assert difference.endswith(f"± {half}"), name
+
+
+def test_the_table_beside_torch_has_what_the_suite_wrote():
+    cells = {}
+    for one in result("bench/losses")["rows"]:
+        name = f"cw2, {one['classes']}" if "classes" in one else one["metric"]
+        cells[name, one["clouds"], one["n"]] = ", ".join(
+            f"{one[k]:#.2g}".strip(".") for k in ("ms", "times")
+        )
+    for clouds in ("related", "clustered", "confused", "unrelated"):
+        for n, few in (("128", 128), ("512", 512), ("2,048", 1024)):
+            found = row("solvers", f"| {clouds} | {n}")[2:]
+            many = int(n.replace(",", ""))
+            wanted = [("w2", many), ("jw2", many), ("cw2, 10", few), ("cw2, 100", few)]
+            assert found == [f"{cells[name, clouds, m]}×" for name, m in wanted]
