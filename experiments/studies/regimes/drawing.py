@@ -24,6 +24,8 @@ SHIFTED = {
     "shift-rotation-unequal": "rotated,\nunequal classes",
     "shift-noise-unequal": "noise,\nunequal classes",
 }
+# Points: what lies further to the left is drawn here.
+LEFT = -40
 
 
 def write(folder: pathlib.Path, page: pathlib.Path) -> None:
@@ -49,7 +51,10 @@ def _there(numbers: Numbers, dataset: str, panels: dict[str, str], prefix: str =
 def _draw_rows(
     numbers: Numbers, dataset: str, panels: dict[str, str], label: str, path: pathlib.Path
 ) -> None:
-    """Draw every row's difference to the first, a panel per regime."""
+    """Draw every row's difference to the first, a panel per regime.
+
+    A stroke is the same at the lambda, or learning rate, that was fixed in advance.
+    """
     found = {
         regime: numbers.summary(dataset, regime)["rows"]
         for regime in _there(numbers, dataset, panels)
@@ -69,6 +74,9 @@ def _draw_rows(
             verdict = intervals.verdict(difference, "p_holm")
             colour = {1: figures.GREEN, -1: figures.RED, 0: figures.GREY}[verdict]
             figures.dot(axis, difference, -y, colour)
+            for fixed in list(rows[name]["others"].values())[:1]:
+                if fixed and fixed["mean"] is not None:
+                    axis.plot(max(fixed["mean"], LEFT), -y, "|", color=colour, markersize=7)
         axis.set_title(panels[regime], fontsize=10)
         axis.set_xlabel(label, fontsize=9)
     axes[0].set_yticks([-y for y in range(len(names))], names, fontsize=8)
