@@ -6,6 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -43,6 +44,25 @@ class ConvNet(nnx.Module):
             x = nnx.relu(norm(conv(x)))
         features = nnx.relu(self.hidden(x.reshape(len(x), -1)))
         return Outputs(features, self.head(features))
+
+
+class Coarse(nnx.Module):
+    """A network that sees images averaged over squares of pixels: fewer weights in its first layer.
+
+    Args:
+      network: maps ``[n, height, width, channels]`` of the coarse images.
+      factor: the width of a square.
+    """
+
+    def __init__(self, network: nnx.Module, factor: int):
+        self.network, self.factor = network, factor
+
+    def __call__(self, x: jax.Array) -> Outputs:
+        """Map ``[n, height, width, channels]`` images to features and logits."""
+        n, height, width, channels = x.shape
+        k = self.factor
+        x = x.reshape(n, height // k, k, width // k, k, channels)
+        return self.network(jnp.mean(x, axis=(2, 4)))
 
 
 class World(NamedTuple):
@@ -116,4 +136,6 @@ def student(dataset: Dataset, study: Study, seed: int) -> nnx.Module:
     shape, classes, rngs = dataset.train[0].shape[1:], len(dataset.classes), nnx.Rngs(seed)
     if study.student_filters:
         return ConvNet(study.student_filters, study.student[-1], classes, shape=shape, rngs=rngs)
-    return models.MLP(study.student, classes, in_features=int(np.prod(shape)), rngs=rngs)
+    inputs = int(np.prod(shape)) // study.coarse**2
+    mlp = models.MLP(study.student, classes, in_features=inputs, rngs=rngs)
+    return mlp if study.coarse == 1 else Coarse(mlp, study.coarse)

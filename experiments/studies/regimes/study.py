@@ -47,6 +47,7 @@ class Study:
       held: training images that no teacher and no student is trained on, for validation.
       labels: per regime, the numbers of labels to train on and to choose lambda by.
       shifted_labels: labelled images of the shifted domain, to choose the learning rate by.
+      coarse: an MLP sees images averaged over squares of so many pixels.
       student_filters: convolutions of the student, with BatchNorm, before a last hidden layer; of
         none it is an MLP.
       coefs: the rows that are trained, each at one lambda; none: all rows, at all lambdas.
@@ -69,6 +70,7 @@ class Study:
     held: int
     labels: dict[str, tuple[int, int]]
     shifted_labels: int = 200
+    coarse: int = 1
     student_filters: tuple[int, ...] = ()
     coefs: dict[str, float] = dataclasses.field(default_factory=dict)
     shifts: tuple[str, ...] = SHIFTS
@@ -108,6 +110,7 @@ STUDIES = {
     ),
     "cifar10": Study(
         student=(256, 64),
+        coarse=2,
         filters=(32, 64, 128),
         teacher_epochs=12,
         steps=500,

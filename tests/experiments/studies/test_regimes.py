@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 
 from experiments import regimes
@@ -17,7 +18,7 @@ from experiments.studies.regimes.run import rows_of
 from experiments.studies.regimes.shifts import shift
 from experiments.studies.regimes.store import Store
 from experiments.studies.regimes.study import LABEL_FREE, LABELLED, SHIFTS, STUDIES, smoked
-from kd2m_jax import outputs
+from kd2m_jax import models, outputs
 from kd2m_jax.internal import terms
 
 SIZES = {"digits": (1347, 450), "mnist": (60_000, 10_000), "cifar10": (50_000, 10_000)}
@@ -189,6 +190,15 @@ def test_tables_are_of_paired_differences_and_corrected():
     assert found["detectable"]["after Holm"] > found["detectable"]["one row"] > 0
     text = summary.text(content({"none": alone, "kd": kd, "kd+cw2": both}))
     assert "+2.3" in text and "-71.0" in text and "auto" not in text
+
+
+def test_a_coarse_student_sees_squares_averaged():
+    mlp = models.MLP((8,), 3, in_features=2 * 3 * 2, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(5, 4, 6, 2)).astype(np.float32)
+    rows = (x[:, ::2] + x[:, 1::2]) / 2
+    squares = (rows[:, :, ::2] + rows[:, :, 1::2]) / 2
+    found = networks.Coarse(mlp, 2)(x).logits
+    np.testing.assert_allclose(found, mlp(squares).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_numbers_that_are_there_are_kept_and_of_another_study_refused(tmp_path):
