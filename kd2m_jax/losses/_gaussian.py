@@ -93,7 +93,8 @@ def gaussian_cw2(
     the trace terms is the nuclear norm of one block-masked n x n matrix.
 
     With ``rotation=True`` the teacher's space is turned onto the student's first, as `cw2` says,
-    with the Gaussians' own couplings.
+    with the Gaussians' own couplings. K classes give K^2 - 1 directions at most: with fewer than
+    features the others stay as near as may be to unturned, and with one class nothing is turned.
 
     Cost: time O(n^2 (n + d)), memory O(n^2), whatever the number of classes; with rotation time
     O(d^3) and memory O(d^2) more.

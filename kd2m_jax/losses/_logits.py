@@ -54,7 +54,8 @@ def kd(
       logits_t: ``[n, k]`` float, the teacher's, of the same examples.
       temperature: > 0, T.
       standardize: whether to take z-scores of each row of logits in the logits' place. A row of
-        equal logits has none: it becomes zeros, with a gradient of 0.
+        equal logits has none: it becomes zeros, with a gradient of 0. Of two classes z-scores are
+        1 and -1, whatever the logits are: it takes three or more.
       where: ``[n]`` bool, the rows that count; None for all. A row that does not is as if it
         were not there, on both sides, whatever it holds.
 
@@ -62,7 +63,8 @@ def kd(
       Scalar, nats times T^2, float32 (float64 for float64 logits).
 
     Raises:
-      ValueError: shapes that differ, a single class, temperature <= 0.
+      ValueError: shapes that differ, a single class, two classes with standardize, temperature
+        <= 0.
       TypeError: logits that are not floating point.
 
     Example:
@@ -81,6 +83,11 @@ def kd(
     keep = kept_rows(where, len(logits_s), len(logits_t))
     logits_s, logits_t = emptied(keep, logits_s, logits_t)
     if flag("standardize", standardize):
+        if logits_s.shape[1] == 2:
+            raise ValueError(
+                "kd: standardized logits of two classes are 1 and -1, with nothing to learn: leave "
+                "standardize out"
+            )
         logits_s, logits_t = _standardized(logits_s), _standardized(logits_t)
     return temperature**2 * row_mean(_divergence(logits_s, logits_t, temperature), keep)
 

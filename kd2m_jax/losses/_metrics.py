@@ -375,7 +375,7 @@ def _try_out(metric: Metric) -> None:
     # As many classes as a matrix of costs has, sixteen stages for `stages` to choose from, and
     # maps that every grid up to 10 divides: nothing is computed, so size costs nothing.
     cost = dict(metric.options).get("class_cost")
-    classes = np.shape(cost.array)[0] if isinstance(cost, _Array) else 2
+    classes = np.shape(cost.array)[0] if isinstance(cost, _Array) else 3
     out = Outputs(array(4, 2), array(4, classes), (array(4, 2520, 2520, 2),) * 16)
     call = lambda out, labels, key: metric(out, out, labels, key=key)  # noqa: E731
     jax.eval_shape(call, out, array(4, dtype=jnp.int32), jax.random.key(0))

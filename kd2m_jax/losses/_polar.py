@@ -218,4 +218,4 @@ def _singular(x: jax.Array, y: jax.Array, groups: Groups):
 
 @_singular.defjvp
 def _(primals, tangents):
-    raise NotImplementedError("the Gaussian W2 has no third derivatives here, only two")
+    raise NotImplementedError("this loss has no third derivatives here, only two")

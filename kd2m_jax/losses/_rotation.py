@@ -77,7 +77,7 @@ def rotation(
     one = jnp.eye(len(between), dtype=between.dtype)
 
     def completed(p: jax.Array) -> jax.Array:
-        """What the coupling leaves open stays as near the identity as may be."""
+        """Leave as near the identity as may be what the coupling leaves open."""
         left_open = _dot(one - _dot(p, p.T), one - _dot(p.T, p))
         return _isometry(p + left_open, tolerance(p))
 

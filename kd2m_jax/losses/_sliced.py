@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from kd2m_jax.losses._checks import clouds, filled, integer, kept_rows, loss, row_mean
 from kd2m_jax.losses._groups import everyone
-from kd2m_jax.losses._numerics import HIGHEST, centred
+from kd2m_jax.losses._numerics import HIGHEST, centred, magnitude
 
 
 @loss
@@ -135,6 +135,8 @@ def scf(
     frequencies = integer("frequencies", frequencies)
     keep = kept_rows(where, len(z_s), len(z_t))
     z_s, z_t = centred(*filled(keep, z_s, z_t))
+    size = magnitude(z_s, z_t)  # what is left has squares that are numbers
+    z_s, z_t = z_s / size, z_t / size
     spread = sum(row_mean(jnp.mean(z**2, axis=1), keep) for z in (z_s, z_t)) / 2
     spread = jax.lax.stop_gradient(spread)
     unit = jnp.sqrt(jnp.where(spread == 0, 1, spread))  # NaN stays NaN

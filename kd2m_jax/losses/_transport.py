@@ -215,7 +215,8 @@ def cw2(
     in a space of its own, and a classifier of the teacher no longer fits its features.
 
     Cost: as `w2`, whatever the number of classes; with rotation twice that, and time O(d^3)
-    for two singular value decompositions: on a CPU 1 ms for d = 64 and 0.3 s for d = 512.
+    for two singular value decompositions, three where Q is not determined: on a CPU 1 ms for
+    d = 64 and 0.3 s for d = 512.
 
     Args:
       z_s: ``[n, d]`` float, the student's features.

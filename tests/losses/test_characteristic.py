@@ -84,6 +84,16 @@ def test_degenerate_clouds():
         assert (value == 0) == (case in ("one point", "at 0")), case
 
 
+@slow
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_a_common_scale_changes_nothing(scale):
+    x, y = single(*draw("gaussian", 20, 8)[:2])
+    value, (gradient, _) = compiled(scf)(x, y)
+    again, (scaled, _) = compiled(scf)(scale * x, scale * y)
+    np.testing.assert_allclose(again, value, rtol=1e-4)
+    np.testing.assert_allclose(scale * scaled, gradient, atol=1e-4 * jnp.abs(gradient).max())
+
+
 def test_mistakes_are_named():
     x = jnp.ones((4, 2))
     with pytest.raises(ValueError, match="scf draws random directions: give it a key"):

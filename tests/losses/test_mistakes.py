@@ -147,6 +147,10 @@ def test_a_softmax_over_one_class_is_refused():
     one = H[:, :1]
     check(losses.kd, (one, one), ValueError, "kd", "k >= 2", "got 1")
     check(losses.wkd_l, (one, one, Y), ValueError, "wkd_l", "k >= 2", "got 1")
+    standardized = functools.partial(losses.kd, standardize=True)
+    check(
+        standardized, (one.repeat(2, 1), one.repeat(2, 1)), ValueError, "two classes are 1 and -1"
+    )
     out = Outputs(Z, one)
     loss = functools.partial(losses.distillation_loss, metric="l2", coef=1.0)
     check(loss, (out, out, 0 * Y), ValueError, "cross-entropy", "k >= 2")

@@ -40,6 +40,7 @@ def test_the_decay_is_a_cosine_over_the_last_90_of_240_epochs(name, coef):
     [
         ("w2:solver=ipot", 9, "w2 has no published weights: kd, nst, wkd-l, wkd-f have"),
         ("kd+nst", 9, r"kd\+nst has no published weights"),
+        ("kd:standardize=true", 9, "of kd are not those of standardized logits"),
         ("kdd", 9, "did you mean kd"),
         ("kd", 0, "total_steps must be an integer >= 1, got 0"),
     ],
