@@ -41,6 +41,8 @@ def run(settings: Regimes) -> None:
     from .studies.regimes import summary
     from .studies.regimes.study import REGIMES
 
+    if settings.seeds < 1:
+        raise UsageError(f"--seeds must be at least 1, got {settings.seeds}")
     for regime in settings.regimes:
         if regime not in REGIMES:
             raise UsageError(

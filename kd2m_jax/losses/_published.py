@@ -42,7 +42,7 @@ def published(name: str, total_steps: int) -> tuple[float | Callable[[ArrayLike]
     metric = get_metric(name)
     having = [known for known, info in METRICS.items() if info.published]
     weights = None if isinstance(metric, MetricSum) else METRICS[metric.name].published
-    if weights and dict(metric.options).get("standardize"):
+    if not isinstance(metric, MetricSum) and dict(metric.options).get("standardize"):
         raise ValueError("the published weights of kd are not those of standardized logits")
     if weights is None:
         raise ValueError(f"{metric.label} has no published weights: {', '.join(having)} have")

@@ -123,15 +123,15 @@ def domain(world: World, study: Study, name: str, seed: int) -> Domain:
     normalised = as_seen(world.dataset)
     (train, _), (test, _) = world.dataset.train, world.dataset.test
 
-    def seen(images, rows):
-        return normalised(shift(images[rows], name, seed))
+    def seen(images, rows, part):  # each part has noise of its own
+        return normalised(shift(images[rows], name, (seed, part)))
 
     return Domain(
         parts,
         _source(world, study, parts, seed),
-        seen(train, parts.shifted),
-        (seen(train, parts.validation), world.y[parts.validation]),
-        (seen(test, parts.test), world.test_y[parts.test]),
+        seen(train, parts.shifted, 0),
+        (seen(train, parts.validation, 1), world.y[parts.validation]),
+        (seen(test, parts.test, 2), world.test_y[parts.test]),
     )
 
 

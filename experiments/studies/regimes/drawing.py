@@ -61,7 +61,9 @@ def _draw_rows(
     }
     if not found:
         return
-    names = [name for name, row in next(iter(found.values())).items() if row["difference"]]
+    names = list(dict.fromkeys(
+        name for rows in found.values() for name, row in rows.items() if row["difference"]
+    ))  # fmt: skip
     figure, axes = figures.plt.subplots(
         1, len(found), figsize=(3 + 2.2 * len(found), 0.9 + 0.24 * len(names)),
         sharey=True, squeeze=False,
@@ -70,17 +72,24 @@ def _draw_rows(
     for axis, (regime, rows) in zip(axes, found.items(), strict=True):
         axis.axvline(0, color=figures.GREY, linewidth=1)
         for y, name in enumerate(names):
+            if name not in rows:
+                continue
             difference = rows[name]["difference"]
-            verdict = intervals.verdict(difference, "p_holm")
-            colour = {1: figures.GREEN, -1: figures.RED, 0: figures.GREY}[verdict]
-            figures.dot(axis, difference, -y, colour)
+            figures.dot(axis, difference, -y, _colour(difference))
             for fixed in list(rows[name]["others"].values())[:1]:
                 if fixed and fixed["mean"] is not None:
-                    axis.plot(max(fixed["mean"], LEFT), -y, "|", color=colour, markersize=7)
+                    at = max(fixed["mean"], LEFT)
+                    axis.plot(at, -y, "|", color=_colour(fixed), markersize=7)
         axis.set_title(panels[regime], fontsize=10)
         axis.set_xlabel(label, fontsize=9)
     axes[0].set_yticks([-y for y in range(len(names))], names, fontsize=8)
     figures.finish(figure, path)
+
+
+def _colour(difference: dict[str, Any]) -> str:
+    """Return green or red for what is significantly better or worse, else grey."""
+    verdict = intervals.verdict(difference, "p_holm")
+    return {1: figures.GREEN, -1: figures.RED, 0: figures.GREY}[verdict]
 
 
 def _draw_curves(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:

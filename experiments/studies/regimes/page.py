@@ -103,8 +103,10 @@ def _fixedgain(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
 
 
 def _over(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
-    ((name, d),) = numbers.row(dataset, regime, row)["against"].items()
-    return f"{summary.signed(d['mean'])} {summary.interval_text(d['interval'])} over `{name}`"
+    return " and ".join(
+        f"{summary.signed(d['mean'])} {summary.interval_text(d['interval'])} over `{name}`"
+        for name, d in numbers.row(dataset, regime, row)["against"].items()
+    )
 
 
 def _right(numbers: Numbers, dataset: str, regime: str, row: str) -> str:

@@ -8,6 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from kd2m_jax.internal import locked
+
+from ...common.errors import UsageError
 from ...data.load import load
 from . import adapted, labelled
 from .networks import World, world
@@ -27,6 +30,8 @@ from .study import (
     SMOKE_ROWS,
     STUDIES,
     Study,
+    about,
+    regimes_of,
     smoked,
 )  # fmt: skip
 
@@ -42,6 +47,11 @@ def run(
 ) -> Iterator[Store]:
     """Train what is missing of the regimes; yield each one's numbers when they are whole."""
     study = smoked(STUDIES[dataset_name]) if smoke else STUDIES[dataset_name]
+    for regime in regimes:
+        if regime not in regimes_of(study):
+            raise UsageError(
+                f"--dataset={dataset_name} has {', '.join(regimes_of(study))}: not {regime}"
+            )
     dataset = load(dataset_name.removesuffix("-conv"), data_dir)
     if smoke:
         dataset = dataclasses.replace(dataset, test=tuple(part[:200] for part in dataset.test))
@@ -50,19 +60,15 @@ def run(
     seen = world(dataset, study, folder)
     teacher = round(labelled.accuracy(seen.teacher, seen.test_x, seen.test_y), 2)
     for regime in regimes:
-        about = {
-            "dataset": dataset_name,
-            "regime": regime,
-            "study": dataclasses.asdict(study),
-            "teacher_accuracy": teacher,
-        }
         parts = {"shift": study.shifts, "curve": CURVES}.get(regime)
         names = [f"{regime}-{part}" for part in parts] if parts else [regime]
         for name in names[:1] if smoke else names:
             order = adapted.methods_of(study) if regime == "shift" else rows_of(name, study)
-            store = Store(folder / f"{name}.json", about | {"regime": name}, order)
-            _fill(store, name, seen, study, range(1 if smoke else seeds), smoke=smoke)
-            yield store
+            with locked(folder / f"{name}.lock"):
+                described = about(dataset_name, name, study, teacher)
+                store = Store(folder / f"{name}.json", described, order)
+                _fill(store, name, seen, study, range(1 if smoke else seeds), smoke=smoke)
+                yield store
 
 
 def _fill(
@@ -72,7 +78,9 @@ def _fill(
     if regime.startswith("shift-"):
         _fill_shift(store, regime.removeprefix("shift-"), seen, study, seeds, smoke=smoke)
         return
-    rows = SMOKE_ROWS if smoke and regime != "pairs" else rows_of(regime, study)
+    rows = rows_of(regime, study)
+    if smoke and regime != "pairs":
+        rows = [row for row in rows if row in SMOKE_ROWS]
     missing = [(row, s) for row in rows for s in seeds if not store.has(row, s)]
     for row, seed in _shown(missing, f"{seen.dataset.name}, {regime}"):
         if regime == LABEL_FREE:

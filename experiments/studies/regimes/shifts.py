@@ -1,10 +1,12 @@
 """Domains of the same classes in which images look otherwise."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import ndimage
 
 
-def shift(images: np.ndarray, name: str, seed: int = 0) -> np.ndarray:
+def shift(images: np.ndarray, name: str, seed: int | Sequence[int] = 0) -> np.ndarray:
     """Return images ``[n, height, width, channels]`` of 0 to 255 as the domain shows them.
 
     Args:

@@ -28,6 +28,7 @@ class Store:
         self.path, self.order = path, order
         # As JSON gives it back: with lists for tuples.
         about = json.loads(json.dumps(about))
+        environment = machine.host() | {"packages": machine.versions(PACKAGES)}
         if path.exists():
             try:
                 self.content = files.read_object(path)
@@ -37,8 +38,9 @@ class Store:
                 ) from None
             if self.content.get("about") != about:
                 raise UsageError(f"{path} is of another study: name another --out, or delete it")
+            if environment not in [self.content["environment"], *self.content.get("also", [])]:
+                self.content.setdefault("also", []).append(environment)
         else:
-            environment = machine.host() | {"packages": machine.versions(PACKAGES)}
             self.content = {"about": about, "environment": environment, "dates": [], "rows": {}}
 
     def has(self, row: str, seed: int) -> bool:
@@ -47,6 +49,7 @@ class Store:
 
     def put(self, row: str, seed: int, found: dict[str, Any]) -> None:
         """Keep a row's numbers of a seed, on disk."""
+        assert row in self.order, row
         rows = self.content["rows"]
         rows.setdefault(row, {})[str(seed)] = found
         self.content["rows"] = {name: rows[name] for name in self.order if name in rows}

@@ -1,6 +1,7 @@
 """What is studied on each data set: sizes, networks, steps, and the lambdas that are tried."""
 
 import dataclasses
+from typing import Any
 
 Coefs = tuple[float | str, ...]
 
@@ -149,6 +150,39 @@ STUDIES = {
         ),
     ),
 }
+
+
+def regimes_of(study: Study) -> tuple[str, ...]:
+    """Return the regimes that a study has the sizes for."""
+    one_lambda = ("curve", "pairs") if study.coefs else ()
+    return tuple(r for r in REGIMES if (r in study.labels or r not in LABELLED) and
+                 r not in one_lambda)  # fmt: skip
+
+
+def about(dataset: str, regime: str, study: Study, teacher: float) -> dict[str, Any]:
+    """Describe what decides a regime's numbers: a file of other ones is not continued.
+
+    Sizes at their defaults are left out, so that a new one leaves old files what they are.
+    """
+    defaults = {one.name: one.default for one in dataclasses.fields(study)}
+    constants: dict[str, Any] = {"rate": RATE}
+    if regime.startswith("shift"):
+        constants |= {"confident": CONFIDENT}
+    elif regime.startswith("curve"):
+        constants |= {"lambdas": CURVE, "auto": AUTO}
+    elif regime == "pairs":
+        constants |= {"lambda": FIXED, "images": PAIRED}
+    elif regime in LABELLED and not study.coefs:
+        constants |= {"lambdas": LAMBDAS, "widest": WIDEST, "auto": AUTO}
+    if regime.endswith("noise"):
+        constants |= {"noise": NOISE}
+    return {
+        "dataset": dataset,
+        "regime": regime,
+        "study": {k: v for k, v in dataclasses.asdict(study).items() if v != defaults[k]},
+        "constants": constants,
+        "teacher_accuracy": teacher,
+    }
 
 
 # What --smoke trains.

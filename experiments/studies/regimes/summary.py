@@ -5,19 +5,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from ...common import tables
 from .. import intervals
-from .study import FIXED, FIXED_RATE
+from .study import FIXED, FIXED_RATE, LABEL_FREE
 
 POWER = 0.8
-# What a row is also held against: of a sum its first part, of a rotation the distance without.
+# What a row is also held against: of a sum its first part, of a rotation the distance without, and
+# what leaves out the teacher's axes against what does not.
 REFERENCES = {
-    "kd+cw2": "kd",
-    "kd+procrustes": "kd",
-    "cw2:rotation=true": "cw2",
-    "gaussian-cw2:rotation=true": "gaussian-cw2",
+    "kd+cw2": ("kd",),
+    "kd+procrustes": ("kd",),
+    "cw2:rotation=true": ("cw2", "l2"),
+    "gaussian-cw2:rotation=true": ("gaussian-cw2",),
+    "procrustes": ("l2",),
+    "gram": ("l2",),
+    "cka": ("l2",),
 }
 
 
@@ -48,9 +52,10 @@ def summarised(content: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(rows))
     others = [row for row in rows if row != first]
     differences = intervals.compare({row: scores[row] for row in others}, scores[first])
+    with_lambda = [row for row in others if picked[row] != ["none"] * len(seeds)]
     unchosen = {
         name: intervals.compare(
-            {row: [_test(rows[row][str(s)], name) for s in seeds] for row in others},
+            {row: [_test(rows[row][str(s)], name) for s in seeds] for row in with_lambda},
             scores[first],
         )
         for name in _unchosen(content)
@@ -63,8 +68,10 @@ def summarised(content: dict[str, Any]) -> dict[str, Any]:
             "difference": differences.get(row),
             "others": {name: found.get(row) for name, found in unchosen.items()},
             "against": {
-                REFERENCES[row]: intervals.paired(scores[row], scores[REFERENCES[row]])
-            } if row in REFERENCES and REFERENCES[row] in scores else {},
+                other: intervals.paired(scores[row], scores[other])
+                for other in REFERENCES.get(row, ())
+                if other in scores
+            },
         }
         for row in rows
     }  # fmt: skip
@@ -93,8 +100,7 @@ def _unchosen(content: dict[str, Any]) -> list[str]:
 
 
 def _test(found: dict[str, Any], name: str) -> float | None:
-    tried = found["tried"]
-    score = tried.get(name, tried.get("none"))
+    score = found["tried"].get(name)
     return None if score is None else score[1]
 
 
@@ -102,11 +108,11 @@ def _detectable(spreads: Sequence[float], n: int, rows: int) -> float | None:
     """Return the difference that n seeds find four times in five, at the median spread."""
     if not spreads or n < 2:
         return None
-    quantiles = (
-        stats.t.ppf(1 - (1 - intervals.LEVEL) / (2 * rows), n - 1),
-        stats.t.ppf(POWER, n - 1),
-    )
-    return float(sum(quantiles) * np.median(spreads) / math.sqrt(n))
+    critical = stats.t.ppf(1 - (1 - intervals.LEVEL) / (2 * rows), n - 1)
+    # t of a true difference is noncentral: the shift at which it is beyond the critical value.
+    missed = lambda shift: stats.nct.sf(critical, n - 1, shift) - POWER  # noqa: E731
+    shift: Any = optimize.brentq(missed, 0, 10 * critical)
+    return float(shift * np.median(spreads) / math.sqrt(n))
 
 
 def rows_of_text(content: dict[str, Any]) -> list[list[str]]:
@@ -164,12 +170,14 @@ def note(content: dict[str, Any]) -> str:
     detectable = found["detectable"]
     sure = "" if detectable["one row"] is None else (
         f" A difference of {detectable['one row']:.1f} points would be found four times in five in "
-        f"one row, and one of {detectable['after Holm']:.1f} after the correction."
+        f"one row of the median spread, and one of {detectable['after Holm']:.1f} after the "
+        "correction."
     )  # fmt: skip
     env = content["environment"]
     machine = f"{env['cpu']}, {env['cores']} cores, {', '.join(content['dates'])}"
+    drawn = "student" if about["regime"] in ("full", LABEL_FREE) else "student and images"
     return (
-        f"{found['seeds']} seeds of student and images; mean ± standard deviation of test "
+        f"{found['seeds']} seeds of {drawn}; mean ± standard deviation of test "
         "accuracy; differences are paired by seed, with 95% t-intervals; p is corrected for "
         f"{len(found['rows']) - 1} rows (Holm).{sure} Teacher: {about['teacher_accuracy']}%. "
         f"{cpu / 3600:.1f} CPU hours on {machine}."

@@ -12,7 +12,16 @@ from scipy import stats
 from experiments import regimes
 from experiments.common.errors import UsageError
 from experiments.data.load import load
-from experiments.studies.regimes import adapted, drawing, labelled, networks, page, splits, summary
+from experiments.studies.regimes import (
+    adapted,
+    drawing,
+    labelled,
+    networks,
+    page,
+    splits,
+    study,
+    summary,
+)
 from experiments.studies.regimes.rows import ROWS, Row
 from experiments.studies.regimes.run import rows_of
 from experiments.studies.regimes.shifts import shift
@@ -187,9 +196,47 @@ def test_tables_are_of_paired_differences_and_corrected():
     assert difference["p_holm"] >= difference["p"]
     assert found["rows"]["kd"]["others"]["1.0"]["mean"] == pytest.approx(-71)
     assert found["rows"]["kd+cw2"]["against"]["kd"]["mean"] == pytest.approx(1)
-    assert found["detectable"]["after Holm"] > found["detectable"]["one row"] > 0
+    # Without lambda there is nothing at another one.
+    longer = summary.summarised(content({"none": alone, "longer": alone, "kd": kd}))
+    assert longer["rows"]["longer"]["others"] == {"1.0": None}
     text = summary.text(content({"none": alone, "kd": kd, "kd+cw2": both}))
     assert "+2.3" in text and "-71.0" in text and "auto" not in text
+
+
+@pytest.mark.parametrize("rows", [1, 31])
+def test_the_detectable_difference_is_found_four_times_in_five(rows):
+    gaps = np.random.default_rng(0).normal(size=(20_000, 5))
+    alone = [{"none": [0.0, 0.0]}] * 5
+    names = [f"row {i}" for i in range(rows)]
+    some = {name: [{"1.0": [0.0, gap]} for gap in gaps[0]] for name in names}
+    found = summary.summarised(content({"none": alone, **some}))["detectable"]["after Holm"]
+    size = found / np.std(gaps[0], ddof=1)
+    p = stats.ttest_1samp(gaps + size, 0, axis=1).pvalue
+    assert np.mean(p < 0.05 / rows) == pytest.approx(0.8, abs=0.015)
+
+
+def test_files_in_docs_can_be_continued():
+    folder = Path(__file__).parents[3] / "docs/results/regimes"
+    files = sorted(folder.glob("*/*.json"))
+    assert files
+    for file in files:
+        about = json.loads(file.read_text())["about"]
+        name, teacher = file.parent.name, about["teacher_accuracy"]
+        assert about == json.loads(json.dumps(study.about(name, file.stem, STUDIES[name], teacher)))
+
+
+def test_a_size_at_its_default_is_not_part_of_what_a_file_is_about():
+    with_default = dataclasses.replace(STUDIES["mnist"], coarse=1)
+    other = dataclasses.replace(STUDIES["mnist"], coarse=2)
+    about = [study.about("mnist", "few", one, 99.0) for one in (with_default, other)]
+    assert "coarse" not in about[0]["study"] and about[1]["study"]["coarse"] == 2
+    assert about[0] == study.about("mnist", "few", STUDIES["mnist"], 99.0)
+
+
+def test_noise_differs_between_the_parts_of_a_domain():
+    images = np.full((4, 8, 8, 1), 128, np.uint8)
+    first, again, other = (shift(images, "noise", (0, part)) for part in (0, 0, 1))
+    assert np.array_equal(first, again) and np.mean(first != other) > 0.5
 
 
 def test_a_coarse_student_sees_squares_averaged():
@@ -226,6 +273,14 @@ def test_smoke_runs_and_again_trains_nothing(tmp_path, capsys):
     before = [file.read_bytes() for file in files]
     regimes.run(settings)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_a_regime_that_a_data_set_lacks_is_refused():
+    settings = regimes.Regimes(dataset="cifar10-conv", regimes=("few",))
+    with pytest.raises(UsageError, match="cifar10-conv has transfer, label-free, shift: not few"):
+        regimes.run(settings)
+    with pytest.raises(UsageError, match="--seeds must be at least 1, got 0"):
+        regimes.run(regimes.Regimes(seeds=0))
 
 
 def test_regimes_that_are_none_are_refused():
