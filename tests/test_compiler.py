@@ -8,14 +8,24 @@ from kd2m_jax import _compiler
 
 
 @pytest.mark.parametrize(
-    ("version", "known"), [("0.7.2", True), ("0.10.2", True), ("0.11.0", False), ("1.0.0", False)]
+    ("version", "emitters", "pieces"),
+    [
+        ("0.7.2", True, True),
+        ("0.10.2", True, True),
+        ("0.11.0", False, True),
+        ("0.12.0.1", False, True),
+        ("0.13.0", False, False),
+        ("1.0.0", False, False),
+    ],
 )
-def test_a_flag_is_set_only_where_jaxlib_knows_it(version, known, monkeypatch):
+def test_a_flag_is_set_only_where_jaxlib_knows_it(version, emitters, pieces, monkeypatch):
     """An unknown one ends the process."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     flags = _compiler.compiler_flags()
-    assert ("--xla_cpu_use_fusion_emitters=false" in flags) is known
-    assert _compiler.compiler_flags(optimised=False)[:-1] == flags
+    assert flags == ["--xla_cpu_use_fusion_emitters=false"] * emitters
+    more = _compiler.compiler_flags(optimised=False)
+    assert more[: len(flags) + 1] == [*flags, "--xla_backend_optimization_level=0"]
+    assert more[len(flags) + 1 :] == ["--xla_cpu_parallel_codegen_split_count=1"] * pieces
 
 
 @pytest.mark.parametrize(
