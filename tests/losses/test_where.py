@@ -1,17 +1,20 @@
 """``where`` and labels of -1: a row that does not count is as if it were not there."""
 
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import compiled
 from walk import VARIANTS, batch, label, walked
 
 from kd2m_jax import Outputs, losses
 
 KEY = jax.random.key(0)
-KEEP = np.random.default_rng(1).random(24) < 0.6
+N, KEPT = 40, 24
+KEEP = np.random.default_rng(1).permutation(N) < KEPT
 # One of each kind; the others are walked with the slow tests.
 FAST = ("w2", "cw2", "gaussian-kl")
 few = pytest.mark.parametrize(
@@ -30,59 +33,69 @@ def tolerance(name, options):
     return 2e-3 if iterative or "ipot" in losses.METRICS[name].options.values() else 2e-5
 
 
-def evaluated(metric, student, teacher, labels, where=None):
-    """Value, and gradients with respect to both networks' outputs."""
+@functools.cache
+def compiled_with_where(metric):
+    """Value and gradients of both networks: one program for everything that may count."""
 
-    def value(networks):
+    def value(networks, labels, where):
         return metric(*networks, labels, where=where, key=KEY)
 
-    return jax.jit(jax.value_and_grad(value))((student, teacher))
+    return jax.jit(jax.value_and_grad(value))
 
 
-def spoilt(tree, keep):
+def of_those_that_count(*arrays):
+    return jax.tree.map(lambda a: np.asarray(a)[KEEP], arrays)
+
+
+def spoilt(*arrays):
     """Return the arrays with NaN in the rows that do not count."""
-    return jax.tree.map(lambda a: a.at[~keep].set(jnp.nan), tree)
+
+    def spoil(a):
+        return np.where(KEEP.reshape(-1, *[1] * (a.ndim - 1)), a, np.float32(np.nan))
+
+    return jax.tree.map(spoil, arrays)
 
 
-def assert_same(got, expected, keep, rtol):
+def assert_same(got, expected, rtol):
     (value, gradients), (right, of_kept) = got, expected
     np.testing.assert_allclose(value, right, rtol=rtol)
     for g, e in zip(jax.tree.leaves(gradients), jax.tree.leaves(of_kept), strict=True):
-        assert not np.any(g[~keep])
-        np.testing.assert_allclose(g[keep], e, rtol=0, atol=rtol * np.abs(e).max() + 1e-12)
+        g, e = np.asarray(g), np.asarray(e)
+        assert not np.any(g[~KEEP])
+        np.testing.assert_allclose(g[KEEP], e, rtol=0, atol=rtol * np.abs(e).max() + 1e-12)
 
 
 @few
 def test_rows_left_out_are_not_there(name, options):
-    metric, (student, teacher, labels) = losses.get_metric(name, **options), batch()
-    there = jax.tree.map(lambda a: a[KEEP], (student, teacher, labels))
-    networks = spoilt((student, teacher), KEEP)
-    got = evaluated(metric, *networks, labels, jnp.asarray(KEEP))
-    assert_same(got, evaluated(metric, *there), KEEP, tolerance(name, options))
+    metric, (student, teacher, labels) = losses.get_metric(name, **options), batch(N)
+    *networks, their_labels = of_those_that_count(student, teacher, labels)
+    got = compiled_with_where(metric)(spoilt(student, teacher), labels, KEEP)
+    expected = compiled(metric)(tuple(networks), their_labels)
+    assert_same(got, expected, tolerance(name, options))
 
 
 @pytest.mark.parametrize(("name", "options"), walked(CONDITIONAL))
 def test_rows_without_a_class_are_not_there(name, options):
-    metric, (student, teacher, labels) = losses.get_metric(name, **options), batch()
-    there = jax.tree.map(lambda a: a[KEEP], (student, teacher, labels))
-    networks = spoilt((student, teacher), KEEP)
-    got = evaluated(metric, *networks, jnp.where(KEEP, labels, -1))
-    assert_same(got, evaluated(metric, *there), KEEP, tolerance(name, options))
-    wrong = labels.at[0].set(-2)
-    assert np.isnan(metric(student, teacher, wrong, key=KEY))
+    metric, (student, teacher, labels) = losses.get_metric(name, **options), batch(N)
+    *networks, their_labels = of_those_that_count(student, teacher, labels)
+    got = compiled(metric)(spoilt(student, teacher), np.where(KEEP, labels, -1))
+    expected = compiled(metric)(tuple(networks), their_labels)
+    assert_same(got, expected, tolerance(name, options))
+    wrong = np.where(np.arange(N) == 0, -2, labels)
+    assert np.isnan(compiled(metric)((student, teacher), wrong)[0])
 
 
 @few
 def test_nothing_left_is_zero(name, options):
-    metric, (student, teacher, labels) = losses.get_metric(name, **options), batch()
-    value, gradients = evaluated(metric, student, teacher, labels, jnp.zeros(24, bool))
+    metric, (student, teacher, labels) = losses.get_metric(name, **options), batch(N)
+    value, gradients = compiled_with_where(metric)((student, teacher), labels, np.zeros(N, bool))
     assert value == 0
     assert not any(np.any(g) for g in jax.tree.leaves(gradients))
 
 
 def test_no_class_present_is_zero():
-    student, teacher, _ = batch()
-    value, gradients = evaluated(losses.get_metric("cw2"), student, teacher, jnp.full(24, -1))
+    student, teacher, labels = batch()
+    value, gradients = compiled(losses.get_metric("cw2"))((student, teacher), 0 * labels - 1)
     assert value == 0 and not any(np.any(g) for g in jax.tree.leaves(gradients))
 
 
@@ -118,7 +131,7 @@ def test_unequal_sides_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("bandwidth", ["mean", "median", 2.0])
 def test_bandwidths_of_the_rows_that_count(bandwidth):
-    student, teacher, _ = batch()
+    student, teacher, _ = batch(N)
     s, t = student.features, teacher.features
     got = losses.mmd(s.at[~KEEP].set(jnp.nan), t, bandwidth=bandwidth, where=jnp.asarray(KEEP))
     np.testing.assert_allclose(got, losses.mmd(s[KEEP], t[KEEP], bandwidth=bandwidth), rtol=1e-5)
@@ -126,7 +139,7 @@ def test_bandwidths_of_the_rows_that_count(bandwidth):
 
 @pytest.mark.slow
 def test_the_plan_of_rows_left_out_is_empty():
-    student, teacher, _ = batch()
+    student, teacher, _ = batch(N)
     for solver in ("exact", "sinkhorn", "ipot"):
         _, info = losses.w2(
             student.features, teacher.features, solver=solver, where=jnp.asarray(KEEP), has_aux=True
@@ -137,7 +150,7 @@ def test_the_plan_of_rows_left_out_is_empty():
 
 @pytest.mark.slow
 def test_under_vmap():
-    student, teacher, labels = batch()
+    student, teacher, labels = batch(N)
     rows = np.stack([KEEP, ~KEEP])
     call = lambda where: losses.cw2(  # noqa: E731
         student.features, teacher.features, labels, where=where
@@ -152,14 +165,14 @@ def test_every_loss_takes_it():
 
 
 def test_cross_entropy_is_the_mean_over_rows_with_a_label():
-    student, _, labels = batch()
+    student, _, labels = batch(N)
     some = jnp.where(KEEP, labels, -1)
     of_all = lambda labels, out: losses.distillation_loss(  # noqa: E731
         out, out, labels, metric=None, coef=0.0
     )[0]
     expected = of_all(labels[KEEP], jax.tree.map(lambda a: a[KEEP], student))
     np.testing.assert_allclose(of_all(some, student), expected, rtol=1e-6)
-    assert of_all(jnp.full(24, -1), student) == 0
+    assert of_all(jnp.full(N, -1), student) == 0
     assert np.isnan(of_all(labels.at[0].set(-2), student))
 
 
