@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numerics import compiled
 from walk import VARIANTS, batch, label
 
 from kd2m_jax import losses
@@ -13,6 +14,7 @@ from kd2m_jax.losses._polar import by_products, tolerance
 
 KEY = jax.random.key(0)
 SHARDS = 2
+N = 24  # as in `numerics`, whose programs are then these
 
 
 def value_and_grad(name, options):
@@ -20,8 +22,13 @@ def value_and_grad(name, options):
     return jax.value_and_grad(lambda networks, labels: metric(*networks, labels, key=KEY))
 
 
-def arrays():
-    student, teacher, labels = batch(8 * SHARDS, 6, classes=3, logits=4)
+def expected(name, options, networks, labels):
+    """Return value and gradients outside any context: one program for all tests of a metric."""
+    return compiled(losses.get_metric(name, **options))(networks, labels)
+
+
+def arrays(n=N):
+    student, teacher, labels = batch(n)
     return (student, teacher), labels
 
 
@@ -48,7 +55,7 @@ def walked(fast):
 @walked(("w2", "gaussian-cw2", "gaussian-kl", "wkd-l"))
 def test_inside_ones_own_shard_map(name, options):
     """With its default checks: each shard's loss is that of its rows, and its gradient too."""
-    both, (networks, labels) = value_and_grad(name, options), arrays()
+    both, (networks, labels) = value_and_grad(name, options), arrays(N * SHARDS)
     mesh = jax.make_mesh((SHARDS,), ("i",), axis_types=(AxisType.Auto,))
 
     def per_shard(networks, labels):
@@ -57,33 +64,37 @@ def test_inside_ones_own_shard_map(name, options):
 
     split = jax.jit(jax.shard_map(per_shard, mesh=mesh, in_specs=P("i"), out_specs=P("i")))
     values, grads = split(networks, labels)
+    values, grads, networks, labels = jax.tree.map(np.asarray, (values, grads, networks, labels))
     for k in range(SHARDS):
-        mine = slice(8 * k, 8 * (k + 1))
+        mine = slice(N * k, N * (k + 1))
         rows = lambda tree, mine=mine: jax.tree.map(lambda a: a[mine], tree)  # noqa: E731
-        assert_close((values[k], rows(grads)), both(rows(networks), labels[mine]))
+        alone = expected(name, options, rows(networks), labels[mine])
+        assert_close((values[k], rows(grads)), alone)
 
 
 @walked(("cw2", "sw2", "gaussian-w2"))
 def test_batch_split_over_an_explicit_mesh(name, options):
     """The loss is that of the whole batch, and a gradient is split as its array is."""
-    both, given = value_and_grad(name, options), arrays()
-    expected = both(*given)
+    both, given = jax.jit(value_and_grad(name, options)), arrays()
+    whole = expected(name, options, *given)
     mesh = jax.make_mesh((SHARDS,), ("data",))  # explicit by default
     split = jax.device_put(given, NamedSharding(mesh, P("data")))
-    assert_close(losses.get_metric(name, **options)(*split[0], split[1], key=KEY), expected[0])
+    assert_close(losses.get_metric(name, **options)(*split[0], split[1], key=KEY), whole[0])
     with jax.set_mesh(mesh):
         value, grads = both(*split)
-    assert_close((value, grads), expected)
+    assert_close((value, grads), whole)
     specs = {jax.typeof(leaf).sharding.spec[0] for leaf in jax.tree.leaves(grads)}
     assert specs == {"data"}
 
 
 @walked(("w2", "gaussian-cw2"))
 def test_strict_promotion(name, options):
-    both, given = value_and_grad(name, options), arrays()
+    """Which is a matter of tracing: nothing is compiled."""
+    metric, (networks, labels) = losses.get_metric(name, **options), arrays()
     with jax.numpy_dtype_promotion("strict"):
-        assert jax.eval_shape(both, *given)[0].dtype == jnp.float32
-        losses.get_metric(name, **options)(*given[0], given[1], key=KEY)
+        both = value_and_grad(name, options)
+        assert jax.eval_shape(both, networks, labels)[0].dtype == jnp.float32
+        jax.eval_shape(lambda: metric(*networks, labels, key=KEY))  # arrays that are no tracers
 
 
 @walked(("gaussian-cw2",))
@@ -91,7 +102,7 @@ def test_without_jit(name, options):
     both, given = value_and_grad(name, options), arrays()
     with jax.disable_jit():
         found = both(*given)
-    assert_close(found, both(*given))
+    assert_close(found, expected(name, options, *given))
 
 
 def test_the_whole_objective(metric="l2+kd"):
@@ -118,11 +129,11 @@ def test_the_whole_objective(metric="l2+kd"):
 
 def test_costs_between_classes():
     (_, teacher), labels = arrays()
-    expected = losses.class_cost_matrix(teacher.features, labels, num_classes=3)
+    expected = losses.class_cost_matrix(teacher.features, labels, num_classes=4)
     mesh = jax.make_mesh((SHARDS,), ("data",))
     split = jax.device_put((teacher.features, labels), NamedSharding(mesh, P("data")))
     with jax.numpy_dtype_promotion("strict"):
-        assert_close(losses.class_cost_matrix(*split, num_classes=3), expected)
+        assert_close(losses.class_cost_matrix(*split, num_classes=4), expected)
 
 
 def test_the_accelerators_polar_factor_inside_shard_map():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import compiled
 from walk import batch, speed, used
 
 from kd2m_jax import losses
@@ -17,16 +18,6 @@ metrics = pytest.mark.parametrize(
 )
 KEY = jax.random.key(0)
 ARRAYS = ["z_s", "z_t", "maps_s", "maps_t", "logits_s", "logits_t", "labels"]
-
-
-@functools.cache
-def compiled(metric):
-    """Value and gradients with respect to both networks."""
-
-    def value(networks, labels):
-        return metric(*networks, labels, key=KEY)
-
-    return jax.jit(jax.value_and_grad(value))
 
 
 def arguments(function, student, teacher, labels):

@@ -262,7 +262,7 @@ def test_one_bad_number_makes_the_value_non_finite(name, options):
 def test_float64_stays_float64(name, options):
     metric = losses.get_metric(name, **options)
     *networks, labels = batch()
-    value = metric(*networks, labels, key=jax.random.key(0))
+    value, _ = run(metric, *networks, labels)
     with jax.enable_x64(True):
         student, teacher = jax.tree.map(lambda a: a.astype(jnp.float64), networks)
         call = functools.partial(metric, labels=labels, key=jax.random.key(0))
