@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from children import environment
+from mains import call
 
 from experiments import cifar, digits, images, mnist
 from experiments.common.errors import UsageError
@@ -190,9 +191,9 @@ def test_a_config_brings_its_solver(data):
     assert found.solver == "auto"
 
 
-def shell(*flags, status=0):
+def shell(*flags, status=0, command="digits"):
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.digits", *flags],
+        [sys.executable, "-m", f"experiments.{command}", *flags],
         env=environment(),
         capture_output=True,
         text=True,
@@ -206,26 +207,20 @@ def test_all_of_them_from_the_shell_and_again(tmp_path):
     options = ["--optimizer=adamw", "--lr=3e-3", "--weight-decay=1e-3", "--label-smoothing=0.1"]
     options += ["--mixup=0.2", "--ema=0.9", "--early-stop=2"]
     out = f"--out={tmp_path / 'run'}"
-    assert "Report" in shell(*SMALL, *options, out)
+    assert "Report" in call(tmp_path, "digits", *SMALL, *options, out)
     assert "decided when to stop" in (tmp_path / "run" / "report.md").read_text()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    shell(*SMALL, *options, out, "--resume")
+    call(tmp_path, "digits", *SMALL, *options, out, "--resume")
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     config = f"--config={tmp_path / 'run' / 'config.json'}"
-    shell(config, f"--out={tmp_path / 'again'}")
+    call(tmp_path, "digits", config, f"--out={tmp_path / 'again'}")
     assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == before
-    assert "with other settings" in shell(*SMALL, out, "--resume", status=2)
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.evaluate", f"--run={tmp_path / 'run'}"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    # What is kept is the average, whose accuracy the records have.
+    assert "with other settings" in call(tmp_path, "digits", *SMALL, out, "--resume", status=2)
+    # What is kept is the average, whose accuracy the records have: another process finds it.
+    shown = shell(f"--run={tmp_path / 'run'}", command="evaluate")
     lines = [json.loads(line) for line in before.splitlines()]
     last = [r["test_accuracy"] for r in lines if r.get("phase") == "distilled" and "test_loss" in r]
-    assert f"{100 * last[-1]:.2f}%" in done.stdout
+    assert f"{100 * last[-1]:.2f}%" in shown
 
 
 @pytest.mark.slow
