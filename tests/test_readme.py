@@ -94,8 +94,8 @@ def test_the_experiment_commands_run(command, tmp_path):
     if trains and not whole:
         extra += ["--max-steps=1", "--batch-size=8"]
         if "--teacher" not in command and module == "experiments.cifar":
-            # ResNet-34 takes minutes on a CPU.
-            extra += ["--teacher=resnet20", "--student=resnet8"]
+            # ResNet-34 takes minutes on a CPU, and the command with its own networks has ResNets.
+            extra += ["--teacher=mlp-32-16", "--student=mlp-8-16"]
     # Three evaluations of 10,000 images are most of a short run: 1,000 are as good here.
     code = f"""
 import runpy, sys
