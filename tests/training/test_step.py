@@ -107,6 +107,11 @@ def test_the_step_is_algorithm_1():
     )
 
 
+@functools.cache
+def on_one_device(kind, metric):
+    return train(kd2m_jax.make_train_step, kind, metric)
+
+
 slow = pytest.mark.slow
 
 
@@ -129,7 +134,7 @@ def test_four_devices_give_the_parameters_of_one(wrapper, kind, metric):
     before = jax.tree.map(np.array, variables)
     make_step = {"pmap": kd2m_jax.pmap_step, "shard_map": kd2m_jax.shard_map_step}[wrapper]
     several, logs = train(make_step, kind, metric)
-    one, expected = train(kd2m_jax.make_train_step, kind, metric)
+    one, expected = on_one_device(kind, metric)
     host = functools.partial(jax.tree.map, np.asarray)
     # atol: a parameter that is nearly zero has no relative precision to speak of.
     chex.assert_trees_all_close(host(several.variables), host(one.variables), rtol=1e-4, atol=2e-6)
