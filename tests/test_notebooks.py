@@ -43,14 +43,14 @@ LIMIT = 400_000  # bytes of a notebook with its outputs
 SECONDS = 90  # to run one, on two cores
 
 
-def execute(notebook, folder, *, optimised=True):
+def execute(notebook, folder, *, level=None):
     """Run all cells in a fresh kernel on the CPU, as one device, in an empty folder.
 
     Once more where a cell does not end: seen twice, with an idle kernel whose last message had not
     arrived, and the client waiting for it.
     """
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    variables = environment(optimised=optimised) | {"PYTHONPATH": python_path}
+    variables = environment(level=level) | {"PYTHONPATH": python_path}
     for last in (False, True):
         client = nbclient.NotebookClient(
             copy.deepcopy(notebook),
@@ -194,7 +194,7 @@ def test_it_runs_in_time_and_makes_a_figure(name, tmp_path):
     # From the script, so that no committed output can stand in for one.
     start, used = time.perf_counter(), cpu_seconds()
     trains = name in ("bring_your_own", "distill_digits")  # the others compile, most of the time
-    notebook = execute(jupytext.read(NOTEBOOKS / f"{name}.py"), tmp_path, optimised=trains)
+    notebook = execute(jupytext.read(NOTEBOOKS / f"{name}.py"), tmp_path, level=int(trains))
     wall, used = time.perf_counter() - start, cpu_seconds() - used
     print(f"{name}: {wall:.0f} s, of which the processor worked {used:.0f} s")
     assert pictures(notebook)

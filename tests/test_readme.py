@@ -108,7 +108,7 @@ runpy.run_module({module!r}, run_name="__main__")
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=environment(optimised=whole),
+        env=environment(level=int(whole)),
         capture_output=True,
         text=True,
     )

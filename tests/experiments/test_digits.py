@@ -100,7 +100,7 @@ def test_a_run_leaves_its_folder_and_another_puts_it_aside(monkeypatch, capsys, 
 def test_the_readme_command_leaves_its_folder(tmp_path):
     """As a process of its own, twice: the second one from the programs and the teacher of both."""
     # The programs in a user's own cache, matplotlib's fonts where they are.
-    env = environment(optimised=True)
+    env = environment(level=1)
     env |= {"XDG_CACHE_HOME": str(tmp_path), "MPLCONFIGDIR": get_cachedir()}
     del env["JAX_COMPILATION_CACHE_DIR"]
     done = digits_run(tmp_path / "run", "--metric=jw2", "--max-steps=12", env=env)
