@@ -169,7 +169,11 @@ def adapted(world: World, study: Study, place: Domain, method: Method, seed: int
 
 def methods_of(study: Study) -> tuple[str, ...]:
     """Return the names of the methods that suit a study's student."""
-    suited = [name for name, m in METHODS.items() if study.student_filters or not m.normalises]
+    suited = [
+        name
+        for name, m in METHODS.items()
+        if (study.student_filters or not m.normalises) and m.batch != study.adaptation_batch
+    ]
     return study.methods or tuple(suited)
 
 

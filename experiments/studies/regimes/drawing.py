@@ -19,7 +19,7 @@ LABELLED = {
 SHIFTED = {
     "shift-rotation": "rotated 30°",
     "shift-noise": "noise 0.5",
-    "shift-translation": "moved 2 px",
+    "shift-translation": "moved",
     "shift-blur": "blurred",
     "shift-rotation-unequal": "rotated,\nunequal classes",
     "shift-noise-unequal": "noise,\nunequal classes",
