@@ -167,8 +167,9 @@ def prepare_jax() -> None:
     """
     set_compiler_flags()
     keep_memory()
-    # JAX decomposes matrices with OpenBLAS, whose threads wait for XLA's: gaussian_cw2 takes 2.2 ms
-    # with one and 19 to 57 with two (n = 128, d = 64, two cores), 80 and 280 to 1,250 at n = 512.
+    # JAX decomposes matrices with OpenBLAS, whose threads wait for a core: beside other programs
+    # gaussian_cw2 takes 2.2 ms with one and 19 to 101 with two (n = 128, d = 64). On two idle cores
+    # 3.1 and 3.6, and at n = 512 84 and 83, in half the CPU time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # No traceback beside each operation: a twentieth of the CPU time of a digits run.
     os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
