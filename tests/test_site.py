@@ -132,3 +132,21 @@ def test_the_table_beside_torch_has_what_the_suite_wrote():
             many = int(n.replace(",", ""))
             wanted = [("w2", many), ("jw2", many), ("cw2, 10", few), ("cw2, 100", few)]
             assert found == [f"{cells[name, clouds, m]}×" for name, m in wanted]
+
+
+def test_what_a_metric_adds_to_a_step_is_what_the_suite_wrote():
+    steps = result("bench/step")["rows"]
+    ms = {one["metric"]: one["ms"] for one in steps if one["student"] == "mlp-32-64"}
+    wanted = {
+        "equal feature sizes": ["cw2"],
+        "no classes": ["w2"],
+        "a good classifier": ["jw2"],
+        "the same, with cov": ["gaussian-w2", "gaussian-cw2"],
+        "a likelihood": ["gaussian-kl", "gaussian-ckl"],
+        "the same examples": ["procrustes", "gram", "cka"],
+        "smooth kernels": ["mmd-rbf", "cmmd-rbf", "mmd-energy"],
+        "logits only": ["kd", "wkd-l"],
+    }
+    for start, metrics in wanted.items():
+        added = [f"{max(ms[one] - ms['none'], 0):.1f}" for one in metrics]
+        assert row("which_metric", f"| {start}")[-1] == ", ".join(added), start
