@@ -29,7 +29,8 @@ def published(name: str, total_steps: int) -> tuple[float | Callable[[ArrayLike]
       ``(coef, task_coef)``: coef is a number, or an optax schedule of the step where it decays.
 
     Raises:
-      ValueError: a metric without published weights, a sum of metrics, total_steps < 1.
+      ValueError: a metric without published weights, standardized logits, a sum of metrics,
+        total_steps < 1.
 
     Example:
       >>> published("kd", 1000)
