@@ -12,7 +12,7 @@ from kd2m_jax.losses._checks import choice, flag, number
 from kd2m_jax.losses._costs import PairCost
 from kd2m_jax.losses._groups import Groups
 from kd2m_jax.losses._numerics import HIGHEST
-from kd2m_jax.losses._rotation import turned
+from kd2m_jax.losses._rotation import NO_DIRECTION, isometry, turned
 from kd2m_jax.losses._solvers import (
     COUPLINGS,
     SOLVERS,
@@ -80,10 +80,10 @@ def aligned(
     """Return the clouds with the teacher's turned onto the student's, by the solver's coupling."""
     solver = "sinkhorn" if debiased else solver  # the divergence's coupling
 
-    def coupled(x: jax.Array, y: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    def coupled(x: jax.Array, y: jax.Array, start: jax.Array) -> jax.Array:
         # Samples that the start's directions do not tell apart: as in the unturned spaces.
-        start = jnp.matmul(left, right.T, precision=HIGHEST) + 1e-3 * jnp.eye(len(left))
-        y = jnp.matmul(y, start.astype(y.dtype), precision=HIGHEST)
+        turn = isometry(start, NO_DIRECTION) + 1e-3 * jnp.eye(len(start))
+        y = jnp.matmul(y, turn.astype(y.dtype), precision=HIGHEST)
         found: Any = transport(make_cost, x, y, groups, solver, epsilon, False, True)
         return jnp.matmul(found[1].coupling.T, x, precision=HIGHEST)
 

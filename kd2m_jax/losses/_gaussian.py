@@ -95,6 +95,8 @@ def gaussian_cw2(
     With ``rotation=True`` the teacher's space is turned onto the student's first, as `cw2` says,
     with the Gaussians' own couplings. K classes give K^2 - 1 directions at most: with fewer than
     features the others stay as near as may be to unturned, and with one class nothing is turned.
+    Where a class has fewer samples than features the optimum is local indeed: the value may be
+    above the one without a rotation.
 
     Cost: time O(n^2 (n + d)), memory O(n^2), whatever the number of classes; with rotation time
     O(d^3) and memory O(d^2) more.

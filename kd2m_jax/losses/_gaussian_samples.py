@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from kd2m_jax.losses._checks import choice, number
 from kd2m_jax.losses._groups import Groups
 from kd2m_jax.losses._numerics import HIGHEST, centred, in_unit, magnitude, safe_sqrt
-from kd2m_jax.losses._polar import factors, unmatched
-from kd2m_jax.losses._rotation import turned
+from kd2m_jax.losses._polar import factors_within, unmatched
+from kd2m_jax.losses._rotation import NO_DIRECTION, turned
 from kd2m_jax.losses._statistics import COVARIANCES
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
@@ -42,10 +42,9 @@ def aligned(z_s: jax.Array, z_t: jax.Array, groups: Groups) -> tuple[jax.Array, 
     """Return the samples with the teacher's turned onto the student's, class by class."""
     root_s, root_t = (jnp.sqrt(w)[:, None] for w in (groups.weight_s, groups.weight_t))
 
-    def coupled(x: jax.Array, y: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    def coupled(x: jax.Array, y: jax.Array, start: jax.Array) -> jax.Array:
         x, y = x * root_s, y * root_t
-        # In the start's own directions: others are zeros here, and not rounding.
-        to_s, to_t = factors(_dot(x, right), _dot(y, left), groups)
+        to_s, to_t = factors_within(start, NO_DIRECTION, x, y, groups)
         return root_t * _dot(to_t, _dot(to_s.T, x))
 
     return *turned(z_s, z_t, groups, coupled), groups

@@ -14,8 +14,8 @@ from kd2m_jax.losses._checks import choice, emptied, kept_rows, labelled_rows, m
 from kd2m_jax.losses._gaussian_samples import DIRECTIONS, kl_over_features
 from kd2m_jax.losses._groups import Apart, Groups, everyone
 from kd2m_jax.losses._numerics import HIGHEST, magnitude, safe_sqrt
-from kd2m_jax.losses._polar import factors, unmatched
-from kd2m_jax.losses._rotation import rotation
+from kd2m_jax.losses._polar import factors_within, unmatched
+from kd2m_jax.losses._rotation import NO_DIRECTION, rotation
 from kd2m_jax.losses._statistics import COVARIANCES, ClassStatistics
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
@@ -134,8 +134,8 @@ def aligned(own: Classes, theirs: ClassStatistics) -> tuple[Classes, ClassStatis
     y = (roots * jnp.sqrt(own.share)[:, None, None]).reshape(k * d, d)
     groups = _groups(own, k, d)
 
-    def within(left: jax.Array, right: jax.Array) -> jax.Array:
-        to_s, to_t = factors(_dot(x, right), _dot(y, left), groups)
+    def within(start: jax.Array) -> jax.Array:
+        to_s, to_t = factors_within(start, NO_DIRECTION, x, y, groups)
         return _dot(_dot(y.T, to_t), _dot(to_s.T, x))
 
     size_s, size_t = (

@@ -16,6 +16,8 @@ from kd2m_jax.losses._groups import Groups
 from kd2m_jax.losses._numerics import HIGHEST, in_double
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
+# A pairing that is weaker, in the directions of a start, is rounding of the rows' other directions.
+ROUNDING = {"float64": 1e-10, "float32": 1e-4}
 
 
 @jax.custom_jvp
@@ -81,28 +83,56 @@ def factors(x: jax.Array, y: jax.Array, groups: Groups) -> tuple[jax.Array, jax.
 
     In float64 inside, whatever the features are: K has the squares of their scales, and float32
     loses a feature at 1e-3 of the largest.
-
-    By backend: on the CPU the SVD (one core, n = 128 and 512: 2.2 and 84 ms; 1.4 and 45 in
-    float32). On GPUs, where an SVD is a long chain of small kernels, matrix products. Elsewhere
-    (TPUs emulate float64) the same products in float32.
     """
-    double = in_double(functools.partial(_factors, by_products))
+    return by_platform(_factors, x, y, groups)
+
+
+def by_platform(function: Callable, *given):
+    """Return ``function(polar, *given)``, with the way to polar factors that suits the platform.
+
+    On the CPU the SVD (one core, n = 128 and 512: 2.2 and 84 ms; 1.4 and 45 in float32). On GPUs,
+    where an SVD is a long chain of small kernels, matrix products. Both in float64, the whole
+    function: what is exactly 0 for an SVD is float64's rounding for products, which float32 would
+    lift above the tolerance of a polar factor that follows. Elsewhere (TPUs emulate float64) the
+    same products in float32.
+    """
+    double = in_double(functools.partial(function, by_products))
     return jax.lax.platform_dependent(
-        x,
-        y,
-        groups,
-        cpu=in_double(functools.partial(_factors, by_svd)),
+        *given,
+        cpu=in_double(functools.partial(function, by_svd)),
         cuda=double,
         rocm=double,
-        default=functools.partial(_factors, by_products),
+        default=functools.partial(function, by_products),
     )
 
 
-def _factors(polar: Callable, x, y, groups: Groups) -> tuple[jax.Array, jax.Array]:
+def _factors(polar: Callable, x, y, groups: Groups, least: float | None = None):
     bases, k, scale = _scaled(x, y, groups)
-    pair = varying(polar(k / scale[:, None], tolerance(k)), like=k)
+    pair = varying(polar(k / scale[:, None], least or tolerance(k)), like=k)
     left, right = (f if q is None else _dot(q, f) for q, f in zip(bases, pair, strict=True))
     return left, right
+
+
+def factors_within(
+    c: jax.Array, least: float, x: jax.Array, y: jax.Array, groups: Groups
+) -> tuple[jax.Array, jax.Array]:
+    """`factors` of rows seen in the directions alone that a matrix pairs.
+
+    Args:
+      c: ``[d, d]``, of norm at most 1: the start is its polar factor ``L R^T``, and X stands in
+        ``X R``, Y in ``Y L``.
+      least: singular values of c below are none.
+      x: ``[n, d]``.
+      y: ``[m, d]``.
+      groups: the classes.
+    """
+
+    def function(polar, c, x, y, groups):
+        left, right = varying(polar(c, least), like=c)
+        rounding = ROUNDING[c.dtype.name]
+        return _factors(polar, _dot(x, right), _dot(y, left), groups, rounding)
+
+    return by_platform(function, c, x, y, groups)
 
 
 def _scaled(x: jax.Array, y: jax.Array, groups: Groups):
@@ -162,18 +192,21 @@ def by_svd(k: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
 def by_products(k: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
     """Newton-Schulz twice: K = P H, then P without the directions where H is below tolerance.
 
-    Each step takes a singular value s to ``s (3 - s^2) / 2``, a small one to 1.5 times itself.
+    Each step takes a singular value s to ``s (3 - s^2) / 2``. Before it, as long as there are small
+    ones, all are multiplied by 1.6: a small one grows to 2.4 times itself instead of 1.5 times, and
+    none that is above 0.35 falls below.
     """
     if k.shape[0] < k.shape[1]:
         left, right = by_products(k.T, tolerance)
         return right, left
-    steps = math.ceil(math.log(1 / tolerance, 1.5)) + 6
+    growing = math.ceil(math.log(1 / tolerance, 2.4))
 
     def to_ones(p):
-        def step(_, p):
+        def step(i, p):
+            p = jnp.where(i < growing, 1.6, 1.0).astype(p.dtype) * p
             return 1.5 * p - 0.5 * _dot(p, _dot(p.T, p))
 
-        return jax.lax.fori_loop(0, steps, step, p)
+        return jax.lax.fori_loop(0, growing + 8, step, p)
 
     p = to_ones(k)
     h = _dot(p.T, k)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from kd2m_jax.losses._checks import varying
 from kd2m_jax.losses._groups import Groups
-from kd2m_jax.losses._numerics import HIGHEST, in_double
-from kd2m_jax.losses._polar import by_products, by_svd, tolerance
+from kd2m_jax.losses._numerics import HIGHEST
+from kd2m_jax.losses._polar import by_platform, tolerance
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
 # Class means that differ by less, relative to both clouds' sizes, give no direction.
@@ -28,7 +28,7 @@ def turned(
     z_s: jax.Array,
     z_t: jax.Array,
     groups: Groups,
-    coupled: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+    coupled: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """Both clouds seen from their centres, the teacher's turned onto the student's.
 
@@ -39,7 +39,7 @@ def turned(
       z_s: ``[n, d]``.
       z_t: ``[m, d]``.
       groups: the classes.
-      coupled: from rows centred by class, and the factors L, R of a start ``Q = L R^T``, to
+      coupled: from rows X, Y centred by class, and a matrix whose polar factor is a start Q, to
         ``P^T X``, ``[m, d]``, for the coupling P of X and Y Q.
     """
     # Seen from one of them, equal rows are zeros, which a mean that is rounded does not give.
@@ -54,58 +54,43 @@ def turned(
     between = _dot(groups.mean_t_at_s(y).T, weight_s * mean_s)
     size = jnp.sqrt(jnp.sum(weight_s * x**2)) * jnp.sqrt(jnp.sum(weight_t * y**2))
     x, y = groups.kept_s(x - mean_s), groups.kept_t(y - mean_t)
-    turn = rotation(between, size, lambda *start: _dot(y.T, coupled(x, y, *start)))
+    turn = rotation(between, size, lambda start: _dot(y.T, coupled(x, y, start)))
     return z_s - centre_s, _dot(z_t - centre_t, turn)
 
 
 def rotation(
-    between: jax.Array, size: jax.Array, within: Callable[[jax.Array, jax.Array], jax.Array]
+    between: jax.Array, size: jax.Array, within: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """Return Q ``[d, d]``, orthogonal, by which the teacher's rows are multiplied from the right.
 
     Args:
       between: ``[d, d]``, ``sum_y w_y m_T,y^T m_S,y`` of the class means.
       size: the product of both clouds' weighted lengths, the unit.
-      within: from the factors of a start to ``Y^T P^T X`` of rows centred by class.
+      within: from a matrix whose polar factor is a start to ``Y^T P^T X`` of rows centred by class.
     """
     size = jnp.where(size == 0, 1, size)  # NaN stays NaN
-    # K classes give K - 1 directions. The others stay out: any rotation of them would do, and a
-    # coupling by one of those is chance. It led to a Gaussian distance of 4 to 5 instead of 0.35
-    # (400 samples of 10 classes, 64 features, the same ones with a little noise, turned).
-    start = _polar(between / size, NO_DIRECTION)
-    matched = _isometry((between + within(*start)) / size, NEGLIGIBLE)
+    # The start is the polar factor of between, without directions below NO_DIRECTION: K classes
+    # give K - 1. The others stay out: any rotation of them would do, and a coupling by one of those
+    # is chance. It led to a Gaussian distance of 4 to 5 instead of 0.35 (400 samples of 10 classes,
+    # 64 features, the same ones with a little noise, turned).
+    matched = isometry((between + within(between / size)) / size, NEGLIGIBLE)
     one = jnp.eye(len(between), dtype=between.dtype)
 
     def completed(p: jax.Array) -> jax.Array:
         """Leave as near the identity as may be what the coupling leaves open."""
         left_open = _dot(one - _dot(p, p.T), one - _dot(p.T, p))
-        return _isometry(p + left_open, tolerance(p))
+        return isometry(p + left_open, tolerance(p))
 
     # A third decomposition only where there is something open: its squared norm is its rank.
     whole = jnp.sum(matched**2) > len(one) - 0.5
     return jax.lax.cond(whole, lambda p: p, completed, matched)
 
 
-def _isometry(c: jax.Array, least: float) -> jax.Array:
+def isometry(c: jax.Array, least: float) -> jax.Array:
     """Return the polar factor, without singular values below ``least``, as one matrix."""
-    left, right = _polar(c, least)
-    return _dot(left, right.T)
 
+    def product(polar: Callable, c: jax.Array) -> jax.Array:
+        left, right = varying(polar(c, least), like=c)
+        return _dot(left, right.T)
 
-def _polar(c: jax.Array, least: float) -> tuple[jax.Array, jax.Array]:
-    """``L`` and ``R`` of the polar factor ``L R^T``, without singular values below ``least``.
-
-    Of a matrix of norm at most 1.
-    """
-
-    def factors(by: Callable, c: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return varying(by(c, least), like=c)
-
-    double = in_double(functools.partial(factors, by_products))
-    return jax.lax.platform_dependent(
-        c,
-        cpu=in_double(functools.partial(factors, by_svd)),
-        cuda=double,
-        rocm=double,
-        default=functools.partial(factors, by_products),
-    )
+    return by_platform(product, c)
