@@ -95,7 +95,11 @@ def test_the_results_page_has_what_the_studies_wrote():
     few, turned = result("few_labels"), result("shifted_domain")
     digits = result("digits")["datasets"]["digits"]["rows"]
     cifar = result("h200")["cifar10"]["test accuracy per epoch, %"]
+    thousand = result("gpu_cifar10")["rows"]["1000"]
     rows = {
+        "| CIFAR-10, 1,000 labels": [
+            spread(np.array(thousand[k]["values"]) / 100) for k in ("none", "cw2")
+        ],
         "| MNIST, 100 labels": [spread(few["alone"]), spread(few["with a transfer set"])],
         "| MNIST turned": [spread(turned["turned"]), spread(turned["from a bank"])],
         "| digits, all labels": [
@@ -105,6 +109,35 @@ def test_the_results_page_has_what_the_studies_wrote():
     }
     for start, cells in rows.items():
         assert row("results", start)[1:3] == cells
+
+
+def test_the_page_of_gpus_has_what_was_measured():
+    ms = {
+        r["loss"]: r["ms"]
+        for r in result("h100")["times"]
+        if r.get("n, d") == "128, 512" and "loss" in r
+    }
+    rows = {
+        "| `w2` / `cw2`": ("w2", "cw2", "jw2"),
+        "| `gaussian_w2` /": ("gaussian-w2", "gaussian-cw2"),
+        "| `gaussian_kl` /": ("gaussian-kl", "gaussian-ckl"),
+        "| `sw2` /": ("sw2", "scf"),
+        "| `mmd_rbf` /": ("mmd-rbf", "cmmd-rbf"),
+        "| `procrustes` /": ("procrustes", "gram", "cka"),
+        "| `cw2` with a rotation": ("cw2:rotation=True",),
+        "| `kd` / `nst`": ("kd", "nst", "wkd-l", "wkd-f", "l2"),
+        "| `gw2`": ("gw2",),
+    }
+    for start, names in rows.items():
+        expected = [f"{ms[n]:.2f}" if ms[n] < 1 else f"{ms[n]:.1f}" for n in names]
+        assert row("gpu", start)[1] == " / ".join(expected)
+    study = result("gpu_cifar10")["rows"]["1000"]
+    for name, start in {"kd": "| `kd` | 82.7,", "cw2": "| `cw2` | 82.5,"}.items():
+        low, high = study[name]["interval"]
+        _, values, gain, p = row("gpu", start)
+        assert values == ", ".join(f"{v:.1f}" for v in study[name]["values"])
+        assert gain == f"+{study[name]['mean']:.1f} [{low:.1f}, {high:.1f}]"
+        assert p == f"{study[name]['p']:.4f}"
 
 
 def test_the_table_of_solvers_has_what_the_study_wrote():
