@@ -167,6 +167,16 @@ def test_the_table_beside_torch_has_what_the_suite_wrote():
             assert found == [f"{cells[name, clouds, m]}×" for name, m in wanted]
 
 
+def test_the_table_of_growth_has_what_the_suite_wrote():
+    points = {(r["metric"], r["n"], r["d"]): r for r in result("bench/growth")["rows"]
+              if r["classes"] == 10}  # fmt: skip
+    metrics = ("w2", "cw2", "sw2", "gaussian-w2", "gaussian-w2:covariance=diagonal")
+    for n, d in ((1024, 512), (2048, 512), (4096, 512), (8192, 512), (1024, 128), (1024, 2048)):
+        found = [points[m, n, d] for m in metrics]
+        expected = [f"{r['ms']:.{1 if r['ms'] < 10 else 0}f}, {r['peak MiB']:.0f}" for r in found]
+        assert row("benchmarks", f"| {n:,}, {d:,} |")[1:] == expected
+
+
 def test_what_a_metric_adds_to_a_step_is_what_the_suite_wrote():
     steps = result("bench/step")["rows"]
     ms = {one["metric"]: one["ms"] for one in steps if one["student"] == "mlp-32-64"}
