@@ -129,10 +129,17 @@ def factors_within(
 
     def function(polar, c, x, y, groups):
         left, right = varying(polar(c, least), like=c)
-        rounding = ROUNDING[c.dtype.name]
-        return _factors(polar, _dot(x, right), _dot(y, left), groups, rounding)
+        x, y = _seen(x, right), _seen(y, left)
+        return _factors(polar, x, y, groups, ROUNDING[c.dtype.name])
 
     return by_platform(function, c, x, y, groups)
+
+
+def _seen(z: jax.Array, directions: jax.Array) -> jax.Array:
+    """Rows in some directions, those that lie outside of them 0: the rest of them is rounding."""
+    inside = _dot(z, directions)
+    left_out = jnp.sum(inside**2, 1, keepdims=True) <= 1e-12 * jnp.sum(z**2, 1, keepdims=True)
+    return jnp.where(left_out, 0, inside)
 
 
 def _scaled(x: jax.Array, y: jax.Array, groups: Groups):

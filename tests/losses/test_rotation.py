@@ -175,3 +175,16 @@ def test_mistakes_are_named():
         losses.gaussian_cw2(x, y, labels, covariance="diagonal", rotation=True)
     with pytest.raises(ValueError, match="rotation must be true or false, got 1"):
         losses.cw2(x, y, labels, rotation=1)  # pyright: ignore
+
+
+def test_a_start_that_sees_none_of_the_rows_decides_nothing_by_rounding():
+    """Class 0 of y lies across the direction of the means: the rest along it is rounding."""
+    x, y = np.zeros((6, 3)), np.zeros((6, 3))
+    x[0, 0] = 1.5
+    y[0, :2] = y[5, 0] = 1
+    labels = np.array([0, 1, 0, 0, 0, 1])
+    run = rotated("gaussian-cw2")
+    value, _ = compiled(run)(*single(x, y, labels))
+    for a, b in ((y, x), (x @ turn(3), y), (x, y @ turn(3)), (y, x @ turn(3, seed=1))):
+        other, _ = compiled(run)(*single(a, b, labels))
+        np.testing.assert_allclose(other, value, rtol=1e-5)
