@@ -1,11 +1,11 @@
-"""Write gpu_cifar10.json: ResNet-34 to ResNet-18 on CIFAR-10, with 1,000 and with all labels.
+"""Train what gpu_cifar10.json shows: ResNet-34 to ResNet-18, 1,000 and all labels of CIFAR-10.
 
     timeout 15m python docs/results/gpu_cifar10.py --data-dir=FOLDER
 
-For one GPU, where it trains 24 students. Stopped, the same command goes on after the last row;
-the teacher is in --teacher. Lambda is "auto:1", so that no labels choose it. With 1,000 labels the
-distance sees the images without labels. --smoke trains small networks on random images, on any
-machine.
+For one GPU, where it trains 24 students. Stopped, the same command goes on after the last row:
+--out has the numbers and the teacher. Lambda is "auto:1", so that no labels choose it. With 1,000
+labels the distance sees the images without labels. --smoke trains small networks on random images,
+on any machine.
 """
 
 import argparse
@@ -38,17 +38,17 @@ def main() -> None:
     """Train the teacher and every row's students that the file lacks, write what they reach."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data-dir")
-    parser.add_argument("--out", default=str(pathlib.Path(__file__).with_suffix(".json")))
-    parser.add_argument("--teacher", default="runs/gpu_cifar10/teacher", help="its checkpoints")
+    parser.add_argument("--out", default="runs/gpu_cifar10", help="folder")
     parser.add_argument("--smoke", action="store_true")
     given = parser.parse_args()
     dataset = random_images(1_200) if given.smoke else load("cifar10", given.data_dir)
     pair, steps = (SMOKE_PAIR, SMOKE_STEPS) if given.smoke else (PAIR, STEPS)
+    folder = pathlib.Path(given.out + "-smoke" * given.smoke)
     x, y = dataset.train
     teacher = fit(
         network(pair[0], 100),
         (x, y),
-        checkpoint_dir=given.teacher,
+        checkpoint_dir=folder / "teacher",
         **options(dataset, steps if given.smoke else EPOCHS * (len(y) // BATCH)),
     ).student
     found = {
@@ -57,7 +57,7 @@ def main() -> None:
         "steps": steps,
         "teacher": accuracy(teacher, dataset),
     }
-    out = pathlib.Path(given.out)
+    out = folder / "gpu_cifar10.json"
     earlier = json.loads(out.read_text()) if out.exists() else {"rows": {}} | found
     if (earlier["steps"], earlier["teacher"]) != (steps, found["teacher"]):
         sys.exit(f"error: {out} is of another teacher or length: name another --out, or delete it")
