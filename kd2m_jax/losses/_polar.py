@@ -219,7 +219,9 @@ def by_products(k: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
     h = _dot(p.T, k)
     one = jnp.eye(len(h), dtype=h.dtype)
     sign = to_ones((h + h.T) / 2 - tolerance * one)
-    return _dot(p, (one + sign) / 2), one
+    # Twice: once leaves up to 1e-4 of a direction that is dropped, in float32.
+    kept = (one + sign) / 2
+    return _dot(_dot(p, kept), kept), one
 
 
 def polar_by_svd(k: jax.Array, tolerance: float) -> jax.Array:

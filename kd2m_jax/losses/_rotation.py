@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kd2m_jax.losses._checks import varying
 from kd2m_jax.losses._groups import Groups
 from kd2m_jax.losses._numerics import HIGHEST
-from kd2m_jax.losses._polar import by_platform, tolerance
+from kd2m_jax.losses._polar import by_platform
 
 _dot = functools.partial(jnp.matmul, precision=HIGHEST)
 # Class means that differ by less, relative to both clouds' sizes, give no direction.
@@ -74,16 +74,34 @@ def rotation(
     # is chance. It led to a Gaussian distance of 4 to 5 instead of 0.35 (400 samples of 10 classes,
     # 64 features, the same ones with a little noise, turned).
     matched = isometry((between + within(between / size)) / size, NEGLIGIBLE)
-    one = jnp.eye(len(between), dtype=between.dtype)
+    return completed(matched)
 
-    def completed(p: jax.Array) -> jax.Array:
-        """Leave as near the identity as may be what the coupling leaves open."""
-        left_open = _dot(one - _dot(p, p.T), one - _dot(p.T, p))
-        return isometry(p + left_open, tolerance(p))
 
-    # A third decomposition only where there is something open: its squared norm is its rank.
-    whole = jnp.sum(matched**2) > len(one) - 0.5
-    return jax.lax.cond(whole, lambda p: p, completed, matched)
+def completed(p: jax.Array) -> jax.Array:
+    """Return an orthogonal matrix that is p where p is not 0, a partial isometry.
+
+    Else as near the identity as may be. Where that is open as well, because what is open on one
+    side lies across what is open on the other, it is turned to a fixed symmetric matrix, so that
+    the transpose is completed to the transpose.
+    """
+    one = jnp.eye(len(p), dtype=p.dtype)
+
+    def is_open(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        attempts, p = state  # p's squared norm is its rank
+        return (attempts < 2) & (jnp.sum(p**2) < len(p) - 0.5)
+
+    def turn_what_is_open(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        attempts, p = state
+        drawn = jax.random.normal(jax.random.key(0), p.shape, p.dtype)
+        anyhow = drawn + drawn.T
+        anyhow = len(p) ** 0.5 / 3 * anyhow / jnp.linalg.norm(anyhow)  # of norm 2/3, nearly
+        towards = jnp.where(attempts == 0, one, anyhow)
+        left_open = _dot(_dot(one - _dot(p, p.T), towards), one - _dot(p.T, p))
+        return attempts + 1, isometry(p + left_open, NEGLIGIBLE)
+
+    # One more decomposition only where there is something open, a second one hardly ever.
+    start = varying(jnp.zeros((), jnp.int32), like=p)
+    return jax.lax.while_loop(is_open, turn_what_is_open, (start, p))[1]
 
 
 def isometry(c: jax.Array, least: float) -> jax.Array:

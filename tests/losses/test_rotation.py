@@ -12,6 +12,7 @@ from draws import single
 from reference import oracles
 
 from kd2m_jax import losses
+from kd2m_jax.losses._rotation import completed
 
 slow = pytest.mark.slow
 KINDS_OF_COUPLING = {
@@ -188,3 +189,32 @@ def test_a_start_that_sees_none_of_the_rows_decides_nothing_by_rounding():
     for a, b in ((y, x), (x @ turn(3), y), (x, y @ turn(3)), (y, x @ turn(3, seed=1))):
         other, _ = compiled(run)(*single(a, b, labels))
         np.testing.assert_allclose(other, value, rtol=1e-5)
+
+
+def test_what_is_open_on_one_side_may_lie_across_what_is_open_on_the_other():
+    """The student has no spread along e3, the teacher none along (1, -1, 0), once turned."""
+    x, y = np.ones((6, 3)), np.zeros((6, 3))
+    x[0, 0] = x[3, 1] = 0
+    y[0, 2] = y[1, 0] = y[5, 1] = 1
+    labels = np.array([0, 1, 1, 1, 1, 1])
+    run = rotated("gaussian-cw2")
+    value, _ = compiled(run)(*single(x, y, labels))
+    np.testing.assert_allclose(value, oracle("gaussian-cw2", x, y, labels), rtol=1e-4)
+    other, _ = compiled(run)(*single(y, x, labels))
+    np.testing.assert_allclose(other, value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d", [2, 3, 9, 64])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_partial_isometry_is_completed(d, seed):
+    """Also from e_1 .. e_r to e_(d - r) .. e_d, whose complements have nothing in common."""
+    rng = np.random.default_rng(seed)
+    for rank in {0, 1, d // 2, d - 1, d}:
+        u, v = np.eye(d)[:, :rank], np.eye(d)[:, d - rank :]
+        if seed:
+            u, v = (np.linalg.qr(rng.normal(size=(d, d)))[0][:, :rank] for _ in "uv")
+        p = (u @ v.T).astype(np.float32)
+        q = np.asarray(completed(p))
+        np.testing.assert_allclose(q @ q.T, np.eye(d), atol=1e-5)
+        np.testing.assert_allclose(q @ v, u, atol=1e-5)
+        np.testing.assert_allclose(completed(p.T), q.T, atol=2e-4)
