@@ -11,21 +11,21 @@ from .page import Numbers, curve, filled
 from .study import PAIRS_ROWS
 
 LABELLED = {
-    "few": "few labels, few images",
     "transfer": "few labels, many images",
+    "few": "few labels, few images",
     "noise": "40% of labels wrong",
     "full": "all labels",
 }
 SHIFTED = {
     "shift-rotation": "rotated 30°",
-    "shift-noise": "noise 0.5",
-    "shift-translation": "moved",
+    "shift-noise": "noise, σ = 0.5",
+    "shift-translation": "translated",
     "shift-blur": "blurred",
     "shift-rotation-unequal": "rotated,\nunequal classes",
     "shift-noise-unequal": "noise,\nunequal classes",
 }
-# Points: what lies further to the left is drawn here.
-LEFT = -40
+# Points: where a panel ends on the left, unless a dot lies further.
+LEFT = -25
 
 
 def write(folder: pathlib.Path, page: pathlib.Path) -> None:
@@ -53,7 +53,8 @@ def _draw_rows(
 ) -> None:
     """Draw every row's difference to the first, a panel per regime.
 
-    A stroke is the same at the lambda, or learning rate, that was fixed in advance.
+    A stroke is the same at the lambda, or learning rate, that was fixed in advance; a triangle at
+    the left edge one that lies beyond it.
     """
     found = {
         regime: numbers.summary(dataset, regime)["rows"]
@@ -71,15 +72,20 @@ def _draw_rows(
     axes = axes[0]
     for axis, (regime, rows) in zip(axes, found.items(), strict=True):
         axis.axvline(0, color=figures.GREY, linewidth=1)
+        drawn = {n: row for n, row in rows.items() if row["difference"]}
+        means = [row["difference"]["mean"] for row in drawn.values()]
+        left = min([LEFT, *(mean - 2 for mean in means if mean is not None)])
         for y, name in enumerate(names):
-            if name not in rows:
+            if name not in drawn:
                 continue
-            difference = rows[name]["difference"]
+            difference = drawn[name]["difference"]
             figures.dot(axis, difference, -y, _colour(difference))
-            for fixed in list(rows[name]["others"].values())[:1]:
+            for fixed in list(drawn[name]["others"].values())[:1]:
                 if fixed and fixed["mean"] is not None:
-                    at = max(fixed["mean"], LEFT)
-                    axis.plot(at, -y, "|", color=_colour(fixed), markersize=7)
+                    at, mark = (fixed["mean"], "|") if fixed["mean"] > left else (left, 8)
+                    axis.plot(at, -y, marker=mark, color=_colour(fixed), markersize=7)
+        if axis.get_xlim()[0] < left:
+            axis.set_xlim(left=left - 1)
         axis.set_title(panels[regime], fontsize=10)
         axis.set_xlabel(label, fontsize=9)
     axes[0].set_yticks([-y for y in range(len(names))], names, fontsize=8)
@@ -105,10 +111,13 @@ def _draw_curves(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
         for (name, seeds), (colour, marker) in zip(rows.items(), figures.LINES, strict=False):
             _draw_curve(axis, name, curve(seeds), colour, marker)
         axis.set_xscale("log")
-        axis.set_xlabel("λ (dotted: auto:0.1, dashed: auto:1)")
+        axis.set_xlabel("λ")
         axis.set_title(LABELLED[regime], fontsize=10)
     axes[0][0].set_ylabel("test accuracy (%)")
-    axes[0][0].legend(fontsize=8)
+    for label, line in (("auto:0.1", ":"), ("auto:1", "--")):
+        axes[0][0].plot([], [], color=figures.GREY, linestyle=line, linewidth=0.8, label=label)
+    handles = axes[0][0].get_legend_handles_labels()
+    axes[0][-1].legend(*handles, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figures.finish(figure, path)
 
 
@@ -129,9 +138,9 @@ def _draw_pairs(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
     for axis, row in zip(axes, PAIRS_ROWS, strict=True):
         counts = np.asarray(numbers.content(dataset, "pairs")["rows"][row]["0"]["pairs"])
         axis.imshow(counts / counts.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(row, fontsize=10)
-        axis.set_xlabel("class of the teacher's row")
+        axis.set_title(f"{row}, seed 0, λ = 1", fontsize=10)
+        axis.set_xlabel("true class of its partner")
         axis.set_xticks(range(len(counts)))
         axis.set_yticks(range(len(counts)))
-    axes[0].set_ylabel("class of the student's row")
+    axes[0].set_ylabel("true class of the student's image")
     figures.finish(figure, path)

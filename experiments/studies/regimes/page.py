@@ -117,10 +117,15 @@ def _right(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
 
 
 def _swaps(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
-    """Write which class of the teacher's most images of a class are paired with, of one seed."""
+    """Write with which class of the teacher's how many images of a class are paired, of one seed.
+
+    Of the classes of which most are paired with others.
+    """
     counts = numbers.content(dataset, regime)["rows"][row]["0"]["pairs"]
-    partners = ((i, max(range(len(line)), key=line.__getitem__)) for i, line in enumerate(counts))
-    return ", ".join(f"{i} with {j}" for i, j in partners if i != j)
+    partners = [(i, max(range(len(line)), key=line.__getitem__)) for i, line in enumerate(counts)]
+    return ", ".join(
+        f"{100 * counts[i][j] / sum(counts[i]):.0f}% of {i} with {j}" for i, j in partners if i != j
+    )
 
 
 def _range(numbers: Numbers, dataset: str, regime: str, row: str) -> str:

@@ -120,13 +120,13 @@ def rows_of_text(content: dict[str, Any]) -> list[list[str]]:
     found = summarised(content)
     rate = content["about"]["regime"].startswith("shift")
     unchosen = list(next(iter(found["rows"].values()))["others"])
-    symbol = "rate" if rate else "λ"
+    symbol = "learning rate" if rate else "λ"
     chooses = bool(unchosen)
     header = [
         "",
         *[symbol] * chooses,
         "accuracy (%)",
-        "minus the first",
+        "gain",
         "95% interval",
         "p (Holm)",
     ]
@@ -169,16 +169,16 @@ def note(content: dict[str, Any]) -> str:
     cpu = sum(one["cpu_seconds"] for row in content["rows"].values() for one in row.values())
     detectable = found["detectable"]
     sure = "" if detectable["one row"] is None else (
-        f" A difference of {detectable['one row']:.1f} points would be found four times in five in "
-        f"one row of the median spread, and one of {detectable['after Holm']:.1f} after the "
-        "correction."
+        f" At the median standard deviation of the rows a test has 80% power for a difference of "
+        f"{detectable['one row']:.1f} points, and for one of {detectable['after Holm']:.1f} after "
+        "the correction."
     )  # fmt: skip
     env = content["environment"]
     machine = f"{env['cpu']}, {env['cores']} cores, {', '.join(content['dates'])}"
     drawn = "student" if about["regime"] in ("full", LABEL_FREE) else "student and images"
     return (
-        f"{found['seeds']} seeds of {drawn}; mean ± standard deviation of test "
-        "accuracy; differences are paired by seed, with 95% t-intervals; p is corrected for "
+        f"{found['seeds']} seeds of {drawn}; mean ± standard deviation of test accuracy; gains are "
+        "over the first row, paired by seed, with 95% t-intervals; p is corrected for "
         f"{len(found['rows']) - 1} rows (Holm).{sure} Teacher: {about['teacher_accuracy']}%. "
         f"{cpu / 3600:.1f} CPU hours on {machine}."
     )

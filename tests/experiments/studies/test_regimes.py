@@ -337,7 +337,7 @@ def test_pairs_and_curves_on_the_page(tmp_path):
     put("curve-noise", {"none": {"0": {"tried": {"none": [0.0, 70.0]}}}, "kd": kd})
     text = "{{right mnist pairs w2}}; {{swaps mnist pairs w2}}; {{range mnist curve-noise kd}}"
     found = page.filled(text, page.Numbers(tmp_path))
-    assert found == "15% before training, 40% after; 0 with 1, 1 with 0; 1 to 100"
+    assert found == "15% before training, 40% after; 90% of 0 with 1, 80% of 1 with 0; 1 to 100"
     (tmp_path / "page.txt").write_text("")
     drawing.write(tmp_path, tmp_path / "out.md")
     figures = {path.name for path in tmp_path.glob("*.png")}
