@@ -232,7 +232,8 @@ def fit(
       coef: >= 0, lambda, a number or an optax schedule of the step; or "auto:RATIO", which keeps
         its part of the gradient at RATIO times the cross-entropy's (see `make_train_step`). That
         vanishes once a few labels are learnt, and lambda with it: beside a transfer set give a
-        number. Without any label it is 1.
+        number. Without any label it is 1. With a right label for every image, distances between
+        features want less than the default: 1e-3 or "auto:0.1" (docs/which_lambda.md).
       task_coef: >= 0, the weight of the cross-entropy.
       task_loss: ``(Outputs, labels) -> a scalar or [n]`` in place of the cross-entropy, for
         regression or several labels at once, say: labels are then whatever it takes, with one row
