@@ -183,7 +183,7 @@ def test_what_a_metric_adds_to_a_step_is_what_the_suite_wrote():
     wanted = {
         "equal feature sizes": ["cw2"],
         "no classes": ["w2"],
-        "a good classifier": ["jw2"],
+        "a label for every image": ["jw2"],
         "the same, with cov": ["gaussian-w2", "gaussian-cw2"],
         "a likelihood": ["gaussian-kl", "gaussian-ckl"],
         "the same examples": ["procrustes", "gram", "cka"],
