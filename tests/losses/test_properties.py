@@ -82,7 +82,7 @@ def is_a_point(outputs):
 
 
 def generic(outputs, seed):
-    """Return features without ties. Nearly: a float more or less decides none of them."""
+    """Return features with noise of a quarter of their scale: no two couplings are as good."""
     z = outputs.features
     noise = np.random.default_rng(seed).normal(size=z.shape).astype(np.float32)
     unit = 2.0 ** np.ceil(np.log2(max(np.abs(np.asarray(z, np.float32)).max(), 1e-3)))

@@ -119,7 +119,7 @@ def _right(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
 def _swaps(numbers: Numbers, dataset: str, regime: str, row: str) -> str:
     """Write with which class of the teacher's how many images of a class are paired, of one seed.
 
-    Of the classes of which most are paired with others.
+    Of the classes whose largest share is paired with another one.
     """
     counts = numbers.content(dataset, regime)["rows"][row]["0"]["pairs"]
     partners = [(i, max(range(len(line)), key=line.__getitem__)) for i, line in enumerate(counts)]
