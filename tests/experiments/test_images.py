@@ -26,7 +26,8 @@ from kd2m_jax import predict
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "your_images.md").read_text()
-SMALL = ["--size=16", "--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=20"]
+# At the protocol's learning rate such small networks stay at chance, or not, by a bit.
+SMALL = ["--size=16", "--teacher=mlp-32-16", "--student=mlp-8-16", "--epochs=20", "--lr=0.01"]
 
 
 def run(where, command, *flags, status=0):
@@ -69,7 +70,7 @@ def test_the_run_folder_has_the_classes_and_learns(where):
     assert tuple(folder.config.images["classes"]) == photos.CLASSES
     of_student = [r for r in folder.records if r["phase"] == "distilled"]
     tests = [r["test_accuracy"] for r in of_student if "test_accuracy" in r]
-    assert tests[-1] > 0.6  # a third by chance
+    assert tests[-1] > 0.75  # a third by chance; 0.87 to 1 with seeds 0 to 3
 
 
 @pytest.mark.slow

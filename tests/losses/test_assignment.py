@@ -77,13 +77,21 @@ def test_broken_costs_give_a_permutation(n):
 
 
 # A search is one pass over all rows that are still free: a loop that needs one per row is a trap.
-# Measured 0 to 36; the first prototype took n on a collapsed student.
+# How many there are hangs on the last bits where rows are equal: measured 0 to 38 of 256 and 0 to
+# 219 of 2,048. The first prototype took n on a collapsed student.
+def check_no_trap(kind, n, seed, solve, **how):
+    """Solve the costs as they are, and as a machine that adds in another order may give them."""
+    cost = product(*clouds(kind, n, seed=seed)[:2])
+    other = cost * (1 + EPS * np.random.default_rng(seed).standard_normal(cost.shape))
+    for one in (cost, other.astype(np.float32)):
+        found = solve(one)
+        check_optimal(one, found, **how)
+        assert found.searches <= n // 4
+
+
 @pytest.mark.parametrize("kind", (*ORDINARY, *TRAPS))
 def test_no_cloud_is_a_trap(kind):
-    cost = product(*clouds(kind, 256)[:2])
-    found = solve(cost)
-    check_optimal(cost, found)
-    assert found.searches <= 40
+    check_no_trap(kind, 256, 0, solve)
 
 
 @slow
@@ -91,11 +99,8 @@ def test_no_cloud_is_a_trap(kind):
 @pytest.mark.parametrize("n", [512, 2048])
 def test_no_large_cloud_is_a_trap(kind, n):
     for seed in range(3):
-        cost = product(*clouds(kind, n, seed=seed)[:2])
-        found = solve_fast(cost)
         # Some of these are traps for SciPy: 5 seconds each at 2,048. Duality is proof enough.
-        check_optimal(cost, found, by_scipy=n < 1024)
-        assert found.searches <= 80
+        check_no_trap(kind, n, seed, solve_fast, by_scipy=n < 1024)
 
 
 @pytest.mark.parametrize("name", ["row plus column", "one wants all", "rank 1", "skewed"])
