@@ -119,7 +119,7 @@ def test_the_page_of_gpus_has_what_was_measured():
     }
     rows = {
         "| `w2` / `cw2`": ("w2", "cw2", "jw2"),
-        "| `gaussian_w2` /": ("gaussian-w2", "gaussian-cw2"),
+        "| `gaussian_w2` / `gaussian_cw2` |": ("gaussian-w2", "gaussian-cw2"),
         "| `gaussian_kl` /": ("gaussian-kl", "gaussian-ckl"),
         "| `sw2` /": ("sw2", "scf"),
         "| `mmd_rbf` /": ("mmd-rbf", "cmmd-rbf"),
@@ -138,6 +138,29 @@ def test_the_page_of_gpus_has_what_was_measured():
         assert values == ", ".join(f"{v:.1f}" for v in study[name]["values"])
         assert gain == f"+{study[name]['mean']:.1f} [{low:.1f}, {high:.1f}]"
         assert p == f"{study[name]['p']:.4f}"
+    study = result("gpu_cifar10_h200")["rows"]
+    found = {
+        "| student alone, H200": study["1000"]["none"],
+        "| `procrustes`, H200": study["1000"]["procrustes"],
+        "| student alone, all": study["50000"]["none"],
+    }
+    for start, one in found.items():
+        assert row("gpu", start)[1] == ", ".join(f"{v:.1f}" for v in one["values"])
+    low, high = study["1000"]["procrustes"]["interval"]
+    gain, p = row("gpu", "| `procrustes`, H200")[2:]
+    assert gain == f"+{study['1000']['procrustes']['mean']:.1f} [{low:.1f}, {high:.1f}]"
+    assert p == f"{study['1000']['procrustes']['p']:.4f}"
+    later = {name: middle for name, (_, middle, _) in result("h200_later")["ms"].items()}
+    for start, names in {
+        "| `gaussian_w2` / `gaussian_cw2`, later": ("gaussian-w2", "gaussian-cw2"),
+        "| `procrustes`, later": ("procrustes",),
+        "| `gaussian_cw2` with a rotation, later": ("gaussian-cw2:rotation=true",),
+    }.items():
+        assert row("gpu", start)[1] == " / ".join(f"{later[n]:.1f}" for n in names)
+    share = {one["metric"]: one["ratio"] for one in result("h200_later")["step"]}
+    text = (DOCS / "gpu.md").read_text()
+    for name, ratio in share.items():
+        assert name == "none" or f"`{name.replace('-', '_')}` {100 * ratio - 100:.0f}%" in text
 
 
 def test_the_table_of_solvers_has_what_the_study_wrote():

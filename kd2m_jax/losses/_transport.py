@@ -207,8 +207,11 @@ def cw2(
     is the polar factor of ``1/K sum_y m_T,y^T m_S,y`` of the class means, in the K - 1 directions
     that they span. The Q that counts is that of ``Z_T^T P^T Z_S``, with the coupling P within
     classes that the first one gives. So Q and P are improved in turn, from the class means towards
-    a local optimum of ``min_Q CW2^2(z_s, z_t Q)``, which need not be the best one. What neither
-    determines (a single class, a collapsed network) stays as near to unturned as may be.
+    a local optimum of ``min_Q CW2^2(z_s, z_t Q)``, which need not be the best one: with fewer
+    classes than features the value may be above the one without a rotation. What neither
+    determines (a single class, a collapsed network) stays as near to unturned as may be. Solvers
+    couple otherwise and so turn otherwise: with fewer samples than features the exact plan's value
+    is far below Sinkhorn's.
 
     Q is a constant for the gradient. The gradient is that of the value where Q is the best one
     for the last P too. What it gives up is the teacher's space: the student matches the classes

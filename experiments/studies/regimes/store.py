@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from ...common import files, machine
 from ...common.errors import UsageError
 
@@ -28,7 +30,7 @@ class Store:
         self.path, self.order = path, order
         # As JSON gives it back: with lists for tuples.
         about = json.loads(json.dumps(about))
-        environment = machine.host() | {"packages": machine.versions(PACKAGES)}
+        environment = machine.host() | _accelerator() | {"packages": machine.versions(PACKAGES)}
         if path.exists():
             try:
                 self.content = files.read_object(path)
@@ -57,6 +59,12 @@ class Store:
         if today not in self.content["dates"]:
             self.content["dates"].append(today)
         files.write(self.path, _text(self.content))
+
+
+def _accelerator() -> dict[str, str]:
+    """Name the device that trains, where it is not the processor."""
+    device = jax.devices()[0]
+    return {} if device.platform == "cpu" else {"accelerator": device.device_kind}
 
 
 def _text(content: dict[str, Any]) -> str:

@@ -87,10 +87,12 @@ def summarised(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unchosen(content: dict[str, Any]) -> list[str]:
-    """Return what is shown beside the chosen lambda: the fixed one, and the automatic ones."""
-    tried = {
-        name for row in content["rows"].values() for one in row.values() for name in one["tried"]
-    }
+    """Return what is shown beside the chosen lambda: the fixed one, and the automatic ones.
+
+    Nothing where each row was tried at one lambda alone: then none was chosen.
+    """
+    every = [one["tried"] for row in content["rows"].values() for one in row.values()]
+    tried = {name for one in every if len(one) > 1 for name in one}
     fixed = [str(FIXED_RATE)] if content["about"]["regime"].startswith("shift") else [str(FIXED)]
     return [
         name
@@ -121,7 +123,8 @@ def rows_of_text(content: dict[str, Any]) -> list[list[str]]:
     rate = content["about"]["regime"].startswith("shift")
     unchosen = list(next(iter(found["rows"].values()))["others"])
     symbol = "learning rate" if rate else "λ"
-    chooses = bool(unchosen)
+    # Of a row that has a lambda or a rate.
+    chooses = any(set(one["lambdas"]) != {"none"} for one in found["rows"].values())
     header = [
         "",
         *[symbol] * chooses,
@@ -167,6 +170,7 @@ def note(content: dict[str, Any]) -> str:
     """Say in one paragraph how the table was made and what it could have found."""
     about, found = content["about"], summarised(content)
     cpu = sum(one["cpu_seconds"] for row in content["rows"].values() for one in row.values())
+    spent = f"{cpu / 60:.0f} CPU minutes" if cpu < 3600 else f"{cpu / 3600:.1f} CPU hours"
     detectable = found["detectable"]
     sure = "" if detectable["one row"] is None else (
         f" At the median standard deviation of the rows a test has 80% power for a difference of "
@@ -174,13 +178,14 @@ def note(content: dict[str, Any]) -> str:
         "the correction."
     )  # fmt: skip
     env = content["environment"]
-    machine = f"{env['cpu']}, {env['cores']} cores, {', '.join(content['dates'])}"
+    host = f"{env['cpu']}, {env['cores']} cores, {', '.join(content['dates'])}"
+    machine = f"{env['accelerator']} beside {host}" if "accelerator" in env else host
     drawn = "student" if about["regime"] in ("full", LABEL_FREE) else "student and images"
     return (
         f"{found['seeds']} seeds of {drawn}; mean ± standard deviation of test accuracy; gains are "
         "over the first row, paired by seed, with 95% t-intervals; p is corrected for "
         f"{len(found['rows']) - 1} rows (Holm).{sure} Teacher: {about['teacher_accuracy']}%. "
-        f"{cpu / 3600:.1f} CPU hours on {machine}."
+        f"{spent} on {machine}."
     )
 
 

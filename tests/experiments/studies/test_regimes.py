@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -201,6 +203,29 @@ def test_tables_are_of_paired_differences_and_corrected():
     assert longer["rows"]["longer"]["others"] == {"1.0": None}
     text = summary.text(content({"none": alone, "kd": kd, "kd+cw2": both}))
     assert "+2.3" in text and "-71.0" in text and "auto" not in text
+
+
+def test_of_one_lambda_each_none_was_chosen():
+    alone = [{"none": [0.0, a]} for a in (70.0, 71.0, 72.0)]
+    kd, l2 = ([{name: [1.0, a]} for a in (72.0, 74.0, 74.0)] for name in ("10.0", "1.0"))
+    header, _, *lines = summary.rows_of_text(content({"none": alone, "kd": kd, "l2": l2}))
+    assert header == ["", "λ", "accuracy (%)", "gain", "95% interval", "p (Holm)"]
+    assert [line[:2] for line in lines] == [["kd", "10"], ["l2", "1"]]
+
+
+def test_the_note_names_what_trained():
+    found = content({"none": [{"none": [0.0, 70.0]}] * 2, "kd": [{"1.0": [1.0, 72.0]}] * 2})
+    assert summary.note(found).endswith("0 CPU minutes on none, 1 cores, 2026-11-26.")
+    found["environment"]["accelerator"] = "NVIDIA H200"
+    assert summary.note(found).endswith("on NVIDIA H200 beside none, 1 cores, 2026-11-26.")
+
+
+def test_a_file_names_the_accelerator_that_trained(tmp_path, monkeypatch):
+    assert "accelerator" not in Store(tmp_path / "a.json", {}, []).content["environment"]
+    card = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    store = Store(tmp_path / "b.json", {}, [])
+    assert store.content["environment"]["accelerator"] == "NVIDIA H200"
 
 
 @pytest.mark.parametrize("rows", [1, 31])
