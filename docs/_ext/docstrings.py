@@ -187,16 +187,20 @@ def signature(app: Sphinx, what, name, obj, options, given, returns):
     return given, returns
 
 
-def check(app: Sphinx, env):
-    """Name the formulas that no docstring has."""
-    if _used:  # in a build that has read nothing there are none
+def check(app: Sphinx, env, docnames: list[str]):
+    """Name the formulas that no docstring has, in a build that reads every page."""
+
+    def after(app: Sphinx, env):
         for plain in FORMULAS.keys() - _used:
             logger.warning("no docstring has the formula %r of docs/_ext/docstrings.py", plain)
+
+    if env.found_docs <= set(docnames):
+        app.connect("env-check-consistency", after)
 
 
 def setup(app: Sphinx):
     """Register with Sphinx."""
     app.connect("autodoc-process-docstring", docstring, priority=400)
     app.connect("autodoc-process-signature", signature)
-    app.connect("env-check-consistency", check)
+    app.connect("env-before-read-docs", check)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

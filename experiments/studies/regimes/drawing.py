@@ -1,5 +1,6 @@
 """The figures of the page on when it helps, of every data set whose numbers are there. No JAX."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -65,12 +66,16 @@ def _draw_rows(
     names = list(dict.fromkeys(
         name for rows in found.values() for name, row in rows.items() if row["difference"]
     ))  # fmt: skip
+    # Of more than three panels two rows: a page is too narrow for their letters side by side.
+    lines = 1 if len(found) <= 3 else 2
+    columns = math.ceil(len(found) / lines)
     figure, axes = figures.plt.subplots(
-        1, len(found), figsize=(3 + 2.2 * len(found), 0.9 + 0.24 * len(names)),
+        lines, columns, figsize=(3 + 2.2 * columns, lines * (0.9 + 0.24 * len(names))),
         sharey=True, squeeze=False,
     )  # fmt: skip
-    axes = axes[0]
-    for axis, (regime, rows) in zip(axes, found.items(), strict=True):
+    for axis in axes.flat[len(found) :]:
+        axis.remove()
+    for axis, (regime, rows) in zip(axes.flat, found.items(), strict=False):
         axis.axvline(0, color=figures.GREY, linewidth=1)
         drawn = {n: row for n, row in rows.items() if row["difference"]}
         means = [row["difference"]["mean"] for row in drawn.values()]
@@ -88,7 +93,8 @@ def _draw_rows(
             axis.set_xlim(left=left - 1)
         axis.set_title(panels[regime], fontsize=10)
         axis.set_xlabel(label, fontsize=9)
-    axes[0].set_yticks([-y for y in range(len(names))], names, fontsize=8)
+        axis.tick_params("y", labelsize=8)
+    axes[0, 0].set_yticks([-y for y in range(len(names))], names)
     figures.finish(figure, path)
 
 
