@@ -144,6 +144,7 @@ CITES = {
 
 logger = logging.getLogger(__name__)
 _used: set[str] = set()
+_expected: set[str] = set()
 
 
 def pattern(text: str) -> re.Pattern:
@@ -187,20 +188,22 @@ def signature(app: Sphinx, what, name, obj, options, given, returns):
     return given, returns
 
 
-def check(app: Sphinx, env, docnames: list[str]):
-    """Name the formulas that no docstring has, in a build that reads every page."""
-
-    def after(app: Sphinx, env):
-        for plain in FORMULAS.keys() - _used:
-            logger.warning("no docstring has the formula %r of docs/_ext/docstrings.py", plain)
-
+def expect(app: Sphinx, env, docnames: list[str]):
+    """Expect every formula, in a build that reads every page."""
     if env.found_docs <= set(docnames):
-        app.connect("env-check-consistency", after)
+        _expected.update(FORMULAS)
+
+
+def check(app: Sphinx, env):
+    """Name the formulas that no docstring has."""
+    for plain in _expected - _used:
+        logger.warning("no docstring has the formula %r of docs/_ext/docstrings.py", plain)
 
 
 def setup(app: Sphinx):
     """Register with Sphinx."""
     app.connect("autodoc-process-docstring", docstring, priority=400)
     app.connect("autodoc-process-signature", signature)
-    app.connect("env-before-read-docs", check)
+    app.connect("env-before-read-docs", expect)
+    app.connect("env-check-consistency", check)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

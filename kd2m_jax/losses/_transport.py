@@ -210,8 +210,8 @@ def cw2(
     a local optimum of ``min_Q CW2^2(z_s, z_t Q)``, which need not be the best one: with fewer
     classes than features the value may be above the one without a rotation. What neither
     determines (a single class, a collapsed network) stays as near to unturned as may be. Solvers
-    couple otherwise and so turn otherwise: with fewer samples than features the exact plan's value
-    is far below Sinkhorn's.
+    couple otherwise, so they turn otherwise and end in other local optima: their values may differ
+    by several times, either way.
 
     Q is a constant for the gradient. The gradient is that of the value where Q is the best one
     for the last P too. What it gives up is the teacher's space: the student matches the classes

@@ -126,7 +126,7 @@ STUDIES = {
             "full": (40_000, 5000),
         },
     ),
-    # A step takes long here: one lambda per row, the one that most seeds of the MLP chose.
+    # A step takes long here: one lambda per row, fixed before any was trained.
     "cifar10-conv": Study(
         student=(64,),
         student_filters=(16, 32, 64),

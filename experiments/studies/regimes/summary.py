@@ -178,15 +178,19 @@ def note(content: dict[str, Any]) -> str:
         "the correction."
     )  # fmt: skip
     env = content["environment"]
-    host = f"{env['cpu']}, {env['cores']} cores, {', '.join(content['dates'])}"
-    machine = f"{env['accelerator']} beside {host}" if "accelerator" in env else host
+    machines = dict.fromkeys(_machine(one) for one in (env, *content.get("also", [])))
     drawn = "student" if about["regime"] in ("full", LABEL_FREE) else "student and images"
     return (
         f"{found['seeds']} seeds of {drawn}; mean ± standard deviation of test accuracy; gains are "
         "over the first row, paired by seed, with 95% t-intervals; p is corrected for "
         f"{len(found['rows']) - 1} rows (Holm).{sure} Teacher: {about['teacher_accuracy']}%. "
-        f"{spent} on {machine}."
+        f"{spent} on {' and '.join(machines)}; {', '.join(content['dates'])}."
     )
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    card = f" with one {environment['accelerator']}" if "accelerator" in environment else ""
+    return f"{environment['cpu']}, {environment['cores']} cores{card}"
 
 
 def text(content: dict[str, Any]) -> str:

@@ -215,9 +215,10 @@ def test_of_one_lambda_each_none_was_chosen():
 
 def test_the_note_names_what_trained():
     found = content({"none": [{"none": [0.0, 70.0]}] * 2, "kd": [{"1.0": [1.0, 72.0]}] * 2})
-    assert summary.note(found).endswith("0 CPU minutes on none, 1 cores, 2026-11-26.")
-    found["environment"]["accelerator"] = "NVIDIA H200"
-    assert summary.note(found).endswith("on NVIDIA H200 beside none, 1 cores, 2026-11-26.")
+    assert summary.note(found).endswith("0 CPU minutes on none, 1 cores; 2026-11-26.")
+    found["also"] = [found["environment"] | {"accelerator": "H200"}, found["environment"]]
+    both = "on none, 1 cores and none, 1 cores with one H200; 2026-11-26."
+    assert summary.note(found).endswith(both)
 
 
 def test_a_file_names_the_accelerator_that_trained(tmp_path, monkeypatch):
