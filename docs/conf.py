@@ -33,6 +33,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx-mathjax-offline",
     "sphinxcontrib.bibtex",
     "docstrings",  # this and the rest are in docs/_ext
     "names",
