@@ -355,14 +355,15 @@ def _single(name: str, on: str, options: dict[str, Any]) -> Metric:
                 f"metric {name!r} has {option}={info.options[option]!r} by its name, so {option} "
                 "cannot be set"
             )
-    options = {
+    held = {
         key: _Array(np.asarray(value) if isinstance(value, list | tuple) else value)
         if key in TRACED
         else static(key, value)
         for key, value in {**info.options, **options}.items()
     }
-    metric = Metric(name, on, tuple(sorted(options.items())))
-    _try_out(metric)
+    metric = Metric(name, on, tuple(sorted(held.items())))
+    if options:  # the defaults are good; tracing takes 0.05 to 0.9 CPU s
+        _try_out(metric)
     return metric
 
 
