@@ -215,7 +215,7 @@ def test_what_a_metric_adds_to_a_step_is_what_the_suite_wrote():
         "equal feature sizes": ["cw2"],
         "no classes: neither": ["w2"],
         "features and predictions": ["jw2"],
-        "the same, with cov": ["gaussian-w2", "gaussian-cw2"],
+        "as for `w2` and `cw2`": ["gaussian-w2", "gaussian-cw2"],
         "a likelihood": ["gaussian-kl", "gaussian-ckl"],
         "the same examples": ["procrustes", "gram", "cka"],
         "smooth kernels": ["mmd-rbf", "cmmd-rbf", "mmd-energy"],
