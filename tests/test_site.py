@@ -100,7 +100,11 @@ def test_the_results_page_has_what_the_studies_wrote():
     cifar = result("h200")["cifar10"]["test accuracy per epoch, %"]
     thousand = result("gpu_cifar10")["rows"]["1000"]
     later = result("gpu_cifar10_h200")["rows"]["1000"]
+    mnist = result("mnist")["datasets"]["mnist"]["rows"]
     rows = {
+        "| MNIST, all labels": [
+            "{mean:.2f}% ± {sd:.2f}".format(**mnist[k]["last"]) for k in ("none", "cw2", "kd=0.9")
+        ],
         "| CIFAR-10, 1,000 labels": [
             spread(np.array(thousand[k]["values"]) / 100) for k in ("none", "cw2")
         ],
@@ -115,7 +119,21 @@ def test_the_results_page_has_what_the_studies_wrote():
         "| CIFAR-10, all labels": [f"{cifar[k][-1]:.2f}%" for k in ("student", "jw2")],
     }
     for start, cells in rows.items():
-        assert row("results", start)[1:3] == cells
+        assert row("results", start)[1 : 1 + len(cells)] == cells
+
+
+def test_what_the_results_page_says_against_the_paper():
+    metrics = ("w2", "cw2", "jw2", "gaussian-w2", "gaussian-cw2", "gaussian-kl")
+    tables = [result(name)["datasets"][name] for name in ("digits", "mnist", "cifar10")]
+    cases = [table["rows"][metric]["difference"] for table in tables for metric in metrics]
+    means = np.round([case["mean"] for case in cases], 6)
+    said = row("results", "| every metric is above")[1]
+    assert f"{(means > 0).sum()} of {len(cases)} cases" in said
+    assert (means == 0).sum() == 1 and "equal in one" in said
+    assert min(case["p_holm"] for case in cases) > 0.05 and said.endswith("for none")
+    order = {"w2", "cw2", "jw2"}
+    pairs = [p for t in tables for p in t["pairs"] if {p["first"], p["second"]} <= order]
+    assert len(pairs) == 9 and min(pair["p_holm"] for pair in pairs) > 0.05
 
 
 def test_the_page_of_gpus_has_what_was_measured():

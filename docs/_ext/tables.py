@@ -44,7 +44,10 @@ def results(name: str) -> list[str]:
     table = json.loads((RESULTS / f"{name}.json").read_text())
     lines = ["::", "", f"   {table['command']}", ""]
     for section, found in text.sections(table).items():
-        lines += [f"{text.title(section, found)}:", "", *list_table(text.rows(found)), ""]
+        # No line breaks inside a number with its deviation, or inside an interval.
+        header, *rows = text.rows(found)
+        rows = [[name, *(cell.replace(" ", "\u00a0") for cell in cells)] for name, *cells in rows]
+        lines += [f"{text.title(section, found)}:", "", *list_table([header, *rows]), ""]
         lines += [text.sentence(found), ""]
     return [*lines, provenance.sentence(table)]
 
