@@ -62,6 +62,7 @@ nb_execution_timeout = 300  # seconds per cell
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # sliders do nothing without a kernel, and no script from elsewhere
 if EXECUTE:  # a kernel starts in an empty folder, and compiles as the commands do
     set_compiler_flags()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
