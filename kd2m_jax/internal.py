@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kd2m_jax.losses._polar import by_products as by_products
     from kd2m_jax.losses._polar import by_svd as by_svd
     from kd2m_jax.losses._polar import tolerance as tolerance
+    from kd2m_jax.losses._resolve import for_cpu as for_cpu
     from kd2m_jax.losses._solvers import DEFAULT_SOLVER as DEFAULT_SOLVER
     from kd2m_jax.losses._spelling import spelled as spelled
     from kd2m_jax.losses._spelling import terms as terms
@@ -75,6 +76,7 @@ _HOMES = {
     "by_svd": "losses._polar",
     "tolerance": "losses._polar",
     "Unsaid": "losses._metrics",
+    "for_cpu": "losses._resolve",
     "spelled": "losses._metrics",
     "terms": "losses._metrics",
     "KERNELS": "losses._mmd",

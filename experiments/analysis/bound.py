@@ -118,7 +118,7 @@ def _rows(measured: dict) -> list[Sequence[str]]:
 
 def _figure(path: pathlib.Path, measured: dict, sigma: float) -> None:
     """Draw the chain above the real classifiers' gap; one column per student."""
-    figure, axes = figures.plt.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row")
+    figure, axes = figures.subplots(2, 2, figsize=(8, 5.6), sharex=True, sharey="row")
     lines = {
         "l2": ("L2", figures.BLUE, "o"),
         "w": ("W", figures.ORANGE, "s"),

@@ -118,7 +118,7 @@ def _figure(student: Trained, confusion: np.ndarray) -> None:
     count = len(student.classes)
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     side = float(np.clip(0.35 * count + 2, 4, 14))
-    figure, axis = figures.plt.subplots(figsize=(side + 1, side))
+    figure, axis = figures.subplots(figsize=(side + 1, side))
     picture = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     if count <= 40:
         names = [figures.plain(name, 14) for name in student.classes]

@@ -67,7 +67,7 @@ def _tsne(features: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
 
 def _figure(path: pathlib.Path, planes: dict, labels: np.ndarray, classes: tuple[str, ...]) -> None:
     """Draw either student with the teacher, without and with distillation, in both planes."""
-    figure, axes = figures.plt.subplots(2, 2, figsize=(9, 8.6), sharex="row", sharey="row")
+    figure, axes = figures.subplots(2, 2, figsize=(9, 8.6), sharex="row", sharey="row")
     colours = np.array(figures.CLASSES)[labels]
     for row, (method, plane) in zip(axes, planes.items(), strict=True):
         for axis, student in zip(row, ("student", "distilled"), strict=True):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ..common import machine
-from ..common.figures import LINES, plt
+from ..common.figures import LINES, subplots
 
 KINDS = ("related", "clustered", "confused", "unrelated")
 PAUSE = 0.01  # seconds
@@ -165,7 +165,7 @@ def log_log(
 
     Points of wrong answers are hollow. ``share`` gives the panels one vertical scale.
     """
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         1,
         len(panels),
         figsize=(4 * len(panels), 3.8),
@@ -193,4 +193,3 @@ def log_log(
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

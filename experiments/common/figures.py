@@ -1,12 +1,10 @@
-"""What all figures share: the backend, one palette for colour-blind readers, axes and saving."""
+"""What all figures share: one palette for colour-blind readers, axes and saving."""
 
 import pathlib
 import warnings
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot: it writes files and opens no window
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure  # without pyplot, which looks for a window to draw in
 
 # The colours of Okabe and Ito, distinct for colour-blind readers.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -28,6 +26,14 @@ LINES = (
 )
 
 
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout=None, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a figure and its axes, as pyplot does."""
+    figure = Figure(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, **options)
+
+
 def dot(axis, summary: dict, y: float, colour: str) -> None:
     """Draw a mean with its horizontal interval; nothing where all seeds diverged."""
     if summary["mean"] is None:
@@ -38,7 +44,7 @@ def dot(axis, summary: dict, y: float, colour: str) -> None:
 
 
 def finish(figure, path: pathlib.Path) -> None:
-    """Drop the upper and the right frame, save the figure and close it."""
+    """Drop the upper and the right frame, and save the figure."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     with warnings.catch_warnings():
@@ -46,7 +52,6 @@ def finish(figure, path: pathlib.Path) -> None:
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         figure.tight_layout()
         figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def plain(text: str, length: int) -> str:

@@ -19,7 +19,14 @@ def cached(folder: pathlib.Path, decode: Callable[[], list[np.ndarray]]) -> list
     Where it is missing, damaged or of other files, ``decode`` is called and the cache written
     afresh. In a folder where nothing can be written the arrays are decoded each time.
     """
-    cache, files = folder.with_name(f".{folder.name}.arrays.npz"), _files(folder)
+    return kept(folder.with_name(f".{folder.name}.arrays.npz"), lambda: _files(folder), decode)
+
+
+def kept(
+    cache: pathlib.Path, source: Callable[[], str], decode: Callable[[], list[np.ndarray]]
+) -> list[np.ndarray]:
+    """Return the arrays of a cache file if they are of this source, else decode and keep them."""
+    files = source()
     try:
         with np.load(cache) as found:
             if str(found["files"]) == files:
@@ -31,8 +38,9 @@ def cached(folder: pathlib.Path, decode: Callable[[], list[np.ndarray]]) -> list
             "%s cannot be used (%s): the data is decoded again", cache, type(error).__name__
         )
     arrays = decode()
-    writable = folder.parent.stat().st_mode & 0o222  # what is meant to stay as it is, for root too
-    if writable and _files(folder) == files:  # nobody replaced them while they were being decoded
+    # What is meant to stay as it is, for root too.
+    writable = cache.parent.exists() and cache.parent.stat().st_mode & 0o222
+    if writable and source() == files:  # nobody replaced them while they were being decoded
         _write(cache, {"files": np.array(files)} | {f"array{i}": a for i, a in enumerate(arrays)})
     return arrays
 

@@ -3,7 +3,7 @@
 import pathlib
 
 from ..common import files, tables
-from ..common.figures import PHASES, finish, plt
+from ..common.figures import PHASES, finish, subplots
 from .folder import RunFolder
 
 TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "distilled student"}
@@ -86,7 +86,7 @@ def _curves(lines: list[dict], metric: str, file: pathlib.Path) -> None:
     if any("distillation_loss" in r for r in lines):
         panels.append(("distillation_loss", f"{metric} to the teacher"))
     phases = {phase: _with_epochs([r for r in lines if r["phase"] == phase]) for phase in PHASES}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=(3.6 * len(panels), 3), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for phase, colour in PHASES.items():
             points = [(epoch, r[key]) for epoch, r in phases[phase] if key in r]

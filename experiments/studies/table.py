@@ -126,7 +126,7 @@ def _means(values: Sequence[Sequence[float | None]]) -> list[float | None]:
 def _figure(path: pathlib.Path, datasets: dict[str, dict]) -> None:
     """Draw a row of two panels per data set: accuracies, and differences to the student alone."""
     longest = max(len(found["rows"]) for found in datasets.values())
-    figure, axes = figures.plt.subplots(
+    figure, axes = figures.subplots(
         len(datasets),
         2,
         figsize=(8, len(datasets) * (1 + 0.28 * longest)),

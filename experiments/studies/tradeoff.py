@@ -135,7 +135,7 @@ def _figure(path: pathlib.Path, found: dict) -> None:
         ("task_loss", "cross-entropy, training (nats)"),
         ("distillation_loss", "distance to the teacher, training"),
     )
-    figure, grid = figures.plt.subplots(2, 2, figsize=(8, 6), sharex=True)
+    figure, grid = figures.subplots(2, 2, figsize=(8, 6), sharex=True)
     axes = grid.ravel()
     shown = {coef: row for coef, row in found["coefs"].items() if row["lambda"]}
     for axis, (key, label) in zip(axes, panels, strict=True):

@@ -14,6 +14,7 @@ from kd2m_jax.losses._groups import Groups
 from kd2m_jax.losses._numerics import HIGHEST
 from kd2m_jax.losses._rotation import NO_DIRECTION, isometry, turned
 from kd2m_jax.losses._solvers import (
+    AUTO_ON_CPU,
     COUPLINGS,
     SOLVERS,
     TransportInfo,
@@ -36,6 +37,8 @@ def transport(
     has_aux: bool,
 ) -> jax.Array | tuple[jax.Array, TransportInfo]:
     """Compute the chosen solver's or the divergence's value, with ``has_aux`` the info too."""
+    if on_cpu := solver == AUTO_ON_CPU:
+        solver = "auto"
     choice("solver", solver, SOLVERS)
     number("epsilon", epsilon)
     if flag("debiased", debiased) and solver not in ("auto", "sinkhorn"):
@@ -61,7 +64,7 @@ def transport(
     elif solver == "exact":
         value, info = _paired(cost, groups, x, y)
     elif solver == "auto" and n == m and groups.apart is None:
-        value, info = _by_platform(cost, groups, epsilon, x, y, has_aux)
+        value, info = _by_platform(cost, groups, epsilon, x, y, has_aux, on_cpu)
     else:
         name = "sinkhorn" if solver == "auto" else solver
         value, info = _coupled(cost, groups, COUPLINGS[name], epsilon, x, y)
@@ -114,12 +117,12 @@ def _coupled(
 
 
 def _by_platform(
-    cost: PairCost, groups: Groups, epsilon: float, x: Any, y: Any, has_aux: bool
+    cost: PairCost, groups: Groups, epsilon: float, x: Any, y: Any, has_aux: bool, on_cpu: bool
 ) -> tuple[jax.Array, TransportInfo | None]:
     """Exact on a CPU, Sinkhorn elsewhere, whatever the platform that the program is for.
 
     Each branch gives its gradient along with its value. Differentiating the choice itself would
-    keep the n x n residuals of both branches.
+    keep the n x n residuals of both branches. Known to be ``on_cpu``, the other is not traced.
     """
 
     def with_gradient(solve):
@@ -133,9 +136,11 @@ def _by_platform(
     paired = functools.partial(_paired, cost, groups)
     elsewhere = functools.partial(transport_plan, on_cpu=False)
     coupled = functools.partial(_coupled, cost, groups, elsewhere, epsilon)
-    value, gradient, info = jax.lax.platform_dependent(
-        *jax.lax.stop_gradient((x, y)), cpu=with_gradient(paired), default=with_gradient(coupled)
+    exact = with_gradient(paired)
+    choose = functools.partial(
+        jax.lax.platform_dependent, cpu=exact, default=with_gradient(coupled)
     )
+    value, gradient, info = (exact if on_cpu else choose)(*jax.lax.stop_gradient((x, y)))
     return _differentiable(value, gradient, (x, y)), info
 
 

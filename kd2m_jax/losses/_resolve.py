@@ -1,5 +1,6 @@
 """From whatever a caller gives as a metric to what is called."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -9,7 +10,8 @@ import jax
 
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._catalogue import METRICS
-from kd2m_jax.losses._metrics import Metric, MetricSum, get_metric
+from kd2m_jax.losses._metrics import Metric, MetricSum, Unsaid, get_metric, metric_sum
+from kd2m_jax.losses._solvers import AUTO_ON_CPU, DEFAULT_SOLVER
 
 # A metric, its name, a loss of ours, or a function (Outputs, Outputs, labels) of the caller's own.
 AnyMetric: TypeAlias = Metric | MetricSum | str | Callable | None
@@ -35,6 +37,27 @@ def resolve(metric: AnyMetric) -> Metric | MetricSum | Callable | None:
             if all(chosen[option] == value for option, value in info.options.items()):
                 return get_metric(name, **{k: options[k] for k in options if k not in info.options})
     return metric
+
+
+def for_cpu(metric: AnyMetric) -> Metric | MetricSum | Callable | None:
+    """Return a metric for programs that only a CPU will run: the same values by the same plans.
+
+    Where the solver is left to "auto" the accelerators' one is not even traced: that is a tenth of
+    a second for each program, and the import of ott-jax.
+    """
+    found = resolve(metric)
+    if isinstance(found, MetricSum):
+        terms: list[Any] = [for_cpu(term) for term in found.metrics]
+        return metric_sum(terms, found.weights)
+    if not isinstance(found, Metric):
+        return found
+    options = dict(found.options)
+    parameters = inspect.signature(METRICS[found.name].function).parameters
+    solver = options.get("solver", Unsaid(DEFAULT_SOLVER))
+    if "solver" not in parameters or solver != "auto" or not isinstance(solver, Unsaid):
+        return found
+    options["solver"] = Unsaid(AUTO_ON_CPU)
+    return dataclasses.replace(found, options=tuple(sorted(options.items())))
 
 
 def compared(metric: Any, student: Outputs, teacher: Any, labels: Any, **given: Any) -> jax.Array:

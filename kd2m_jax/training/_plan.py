@@ -17,6 +17,7 @@ from kd2m_jax._locks import check_local
 from kd2m_jax.adapters import DEVICES, Network, as_network
 from kd2m_jax.callbacks import EarlyStopping, WeightAverage
 from kd2m_jax.losses._metrics import as_outputs
+from kd2m_jax.losses._resolve import for_cpu, resolve
 from kd2m_jax.training._averages import in_full
 from kd2m_jax.training._batches import OWN, Batches, Transfer, steps_per_call
 from kd2m_jax.training._body import (
@@ -184,6 +185,7 @@ def make_plan(
         source.network,
         chosen,
         task_coef,
+        devices,
         unlabelled=unlabelled,
         task_loss=task_loss,
         all_labelled=batches.all_labelled and not prepare.changes_labels,
@@ -261,14 +263,15 @@ def make_plan(
 
 
 def _bodies(
-    networks, students: Students, teacher, optimizer, task_coef: Coef, **options: Any
+    networks, students: Students, teacher, optimizer, task_coef: Coef, devices, **options: Any
 ) -> list[Body]:
+    here = for_cpu if all(device.platform == "cpu" for device in devices) else resolve
     return [
         step_body(
             network,
             teacher,
             optimizer,
-            metric=metric,
+            metric=here(metric),
             coef=coef,
             task_coef=task_coef,
             axis=DEVICES,

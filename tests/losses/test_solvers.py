@@ -9,7 +9,8 @@ import pytest
 from clouds import draw
 from jax.sharding import AxisType, PartitionSpec
 
-from kd2m_jax import losses
+from kd2m_jax import Outputs, losses
+from kd2m_jax.internal import Unsaid, for_cpu
 
 NAMES = ("w2", "cw2", "jw2")
 names = pytest.mark.parametrize("name", NAMES)
@@ -135,3 +136,41 @@ def test_far_from_zero_the_exact_loss_keeps_its_digits(name):
     moved = [near[0] + 64.0, near[1] + 64.0, *near[2:]]
     rounded = [moved[0] - 64.0, moved[1] - 64.0, *near[2:]]  # what float32 keeps of them there
     np.testing.assert_allclose(run(*moved), run(*rounded), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["w2", "cw2:rotation=true", "jw2+kd+w2@logits"])
+def test_what_a_cpu_alone_will_run_is_the_same_to_the_bit(name):
+    x, y, *logits = (jnp.asarray(a) for a in arguments("jw2"))
+    labels = arguments("cw2")[2]
+
+    def found(metric):
+        both = jax.value_and_grad(lambda x, h: metric(Outputs(x, h), Outputs(y, logits[1]), labels))
+        return jax.jit(both).trace(x, logits[0])
+
+    metric = losses.get_metric(name)
+    here = for_cpu(metric)
+    assert here != metric and here.label == metric.label and here.needs == metric.needs
+    known, decided_later = found(here), found(metric)
+    assert "platform_index" in str(decided_later.jaxpr)
+    if "rotation" not in name:  # whose polar factors are chosen by platform as well
+        assert "platform_index" not in str(known.jaxpr)
+    values = [each.lower().compile()(x, logits[0]) for each in (known, decided_later)]
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
+def test_a_cpu_takes_sinkhorn_where_auto_does():
+    x, y = arguments("w2")
+    out, other = Outputs(x), Outputs(y)
+    for metric, other in (("w2", Outputs(y[:20])), ("w2:debiased=true", Outputs(y))):
+        assert for_cpu(metric)(out, other) == losses.get_metric(metric)(out, other)
+
+
+def test_what_leaves_no_choice_is_the_same_for_a_cpu():
+    chosen = losses.get_metric("w2", solver="auto")
+    for metric in (chosen, losses.get_metric("w2", solver="sinkhorn"), losses.get_metric("l2")):
+        assert for_cpu(metric) == metric
+    assert for_cpu("none") is for_cpu(None) is None
+    assert for_cpu(arguments) is arguments  # a function of the caller's own
+    assert for_cpu(losses.jw2) == for_cpu("jw2")
+    unsaid = losses.Metric("w2", options=(("solver", Unsaid("sinkhorn")),))
+    assert for_cpu(unsaid) == unsaid

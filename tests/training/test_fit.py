@@ -10,7 +10,7 @@ import pytest
 from clouds import draw
 from flax import nnx
 
-from kd2m_jax import Network, NonFiniteLoss, fit, from_nnx, models, projected, training
+from kd2m_jax import Network, NonFiniteLoss, fit, from_nnx, losses, models, projected, training
 from kd2m_jax.training._batches import Batches
 
 N, D = 96, 10
@@ -375,3 +375,16 @@ def test_mistakes_are_named(options, message):
         fit(mlp(1), arguments.pop("data"), **arguments)
     with pytest.raises(TypeError, match=r"a model is a flax\.nnx\.Module"):
         fit(lambda x: x, data())
+
+
+def test_a_cpu_does_not_trace_the_accelerators_solver(monkeypatch):
+    """Which takes time, and imports ott-jax."""
+
+    def refuse(*_, **options):
+        raise NotImplementedError("Sinkhorn")
+
+    monkeypatch.setattr("kd2m_jax.losses._couplings.transport_plan", refuse)
+    x, labels = (a[:12] for a in data())  # so many are in no other program
+    fit(mlp(1), (x, labels), teacher=mlp(0, 32), metric="jw2+cw2", batch_size=12, max_steps=1)
+    with pytest.raises(NotImplementedError, match="Sinkhorn"):
+        losses.w2(x, x)

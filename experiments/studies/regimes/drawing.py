@@ -69,7 +69,7 @@ def _draw_rows(
     # Of more than three panels two rows: a page is too narrow for their letters side by side.
     lines = 1 if len(found) <= 3 else 2
     columns = math.ceil(len(found) / lines)
-    figure, axes = figures.plt.subplots(
+    figure, axes = figures.subplots(
         lines, columns, figsize=(3 + 2.2 * columns, lines * (0.9 + 0.24 * len(names))),
         sharey=True, squeeze=False,
     )  # fmt: skip
@@ -109,7 +109,7 @@ def _draw_curves(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
     names = _there(numbers, dataset, LABELLED, "curve-")
     if not names:
         return
-    figure, axes = figures.plt.subplots(
+    figure, axes = figures.subplots(
         1, len(names), figsize=(5 * len(names), 3.4), squeeze=False, sharey=True
     )
     for axis, regime in zip(axes[0], names, strict=True):
@@ -140,7 +140,7 @@ def _draw_curve(axis, name: str, found: dict[str, Any], colour: str, marker: str
 
 def _draw_pairs(numbers: Numbers, dataset: str, path: pathlib.Path) -> None:
     """Draw whom optimal transport pairs after training: the student's class, the teacher's."""
-    figure, axes = figures.plt.subplots(1, len(PAIRS_ROWS), figsize=(10, 3.6), sharey=True)
+    figure, axes = figures.subplots(1, len(PAIRS_ROWS), figsize=(10, 3.6), sharey=True)
     for axis, row in zip(axes, PAIRS_ROWS, strict=True):
         counts = np.asarray(numbers.content(dataset, "pairs")["rows"][row]["0"]["pairs"])
         axis.imshow(counts / counts.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1)

@@ -137,3 +137,34 @@ def test_a_data_set_is_decoded_at_its_first_load_alone(tmp_path, monkeypatch):
     for split in ("train", "test"):
         for one, other in zip(getattr(first, split), getattr(second, split), strict=True):
             np.testing.assert_array_equal(one, other, strict=True)
+
+
+@pytest.fixture
+def beside_programs(tmp_path, monkeypatch):
+    """Let compiled programs be kept in a folder that is not there yet."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "a" / "programs"))
+    return tmp_path / "a" / "programs" / "digits.npz"
+
+
+def test_digits_are_split_at_the_first_load_alone(beside_programs, monkeypatch):
+    first = loading.load("digits")
+    split = loading._split_digits
+    monkeypatch.setattr(loading, "_split_digits", None)  # nor is scikit-learn imported
+    second = loading.load("digits")
+    assert second.classes == first.classes
+    for part in ("train", "test"):
+        for one, other in zip(getattr(first, part), getattr(second, part), strict=True):
+            np.testing.assert_array_equal(one, other, strict=True)
+    # Another version of scikit-learn may split otherwise.
+    versions = loading.importlib.metadata
+    monkeypatch.setattr(versions, "version", lambda name: "0.1")
+    monkeypatch.setattr(loading, "_split_digits", lambda: [a[:5] for a in split()])
+    assert len(loading.load("digits").train[0]) == 5
+
+
+@pytest.mark.parametrize("where", ["", "gs://bucket/programs", "/proc/none"])
+def test_digits_where_nothing_can_be_kept(where, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", where)
+    assert len(loading.load("digits").train[0]) == 1347
+    assert list(tmp_path.iterdir()) == []
