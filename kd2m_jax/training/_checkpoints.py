@@ -45,7 +45,7 @@ class Checkpoints:
                 enable_async_checkpointing=False,
                 multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
             )
-            return ocp.CheckpointManager(directory / name, options=options)
+            return _Manager(directory / name, options=options)
 
         self._last, self._best = manager("last", 2), manager("best", 2)
         # The step that the best one was saved with, as the last one's record has it.
@@ -158,6 +158,18 @@ class Checkpoints:
         if is_first():
             self._last.close()
             self._best.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """One that leaves the question for SIGTERM to `asked_to_stop`.
+
+    Orbax asks it with each save, with the step for a number. JAX says yes to the number after the
+    highest that was asked with last: a SIGTERM before the next of our own numbers would be lost.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Say no."""
+        return False
 
 
 def _arguments(tree: Any, record: dict):

@@ -1,9 +1,12 @@
 """restore(): a student as its checkpoint folder has it."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from clouds import draw
 from flax import nnx
@@ -95,3 +98,16 @@ def test_mistakes_are_named(tmp_path):
         restore(tmp_path / "empty", mlp(1))
     with pytest.raises(CheckpointError, match=r"without projected\(\)"):
         restore(tmp_path / "run", projected(mlp(1), 12))
+
+
+def test_a_save_asks_nobody_for_sigterm(monkeypatch, tmp_path):
+    """Several processes ask JAX in numbers of their own, which orbax's would overtake."""
+    asked = []
+    question = "jax.experimental.multihost_utils.reached_preemption_sync_point"
+    monkeypatch.setattr(question, lambda number: asked.append(number) or False)
+    with contextlib.closing(ocp.CheckpointManager(tmp_path / "orbax")) as manager:
+        manager.save(3, args=ocp.args.JsonSave({}))
+    assert set(asked) == {3}  # it does as it comes
+    asked.clear()
+    trained(mlp(1), tmp_path / "ours", save_every=0.0)
+    assert (tmp_path / "ours" / "last").is_dir() and asked == []
