@@ -1,5 +1,6 @@
 """Settings that must stand before JAX starts: the CPU, seen as four devices."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -45,8 +46,30 @@ MOST_MAPS = 30_000
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Unload compiled programs after a module that leaves many: the limit ends the process."""
+    """Unload compiled programs after a module that leaves many: the limit ends the process.
+
+    And let the collector pass over what earlier modules left: a collection takes a second else.
+    """
+    gc.freeze()
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
         jax.clear_caches()
+
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory):
+    """Return a folder with the real data sets of this machine, decoded once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "real"
+    for info in pathlib.Path(os.environ.get("KD2M_DATA_DIR", SHARED)).glob("*/*/dataset_info.json"):
+        link = root / info.parts[-3] / info.parts[-2]
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(info.parent.absolute())
+    yield root
+    for arrays in root.glob("*/.*.arrays.npz"):  # 200 MB, which pytest would keep
+        arrays.unlink(missing_ok=True)

@@ -19,7 +19,6 @@ from experiments.runs.folder import read_metrics
 MAINS = [("cifar10", cifar, []), ("cifar100", cifar, ["--dataset=cifar100"])]
 MAINS += [("svhn", svhn, []), ("mnist", mnist, [])]
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("KD2M_DATA_DIR", ROOT.parent / "shared" / "data" / "tfds"))
 TINY = ["--teacher=mlp-8-4", "--student=mlp-6-4", "--batch-size=8", "--max-steps=3"]
 
 

@@ -3,7 +3,6 @@
 import functools
 import io
 import os
-import pathlib
 import re
 import shutil
 import socket
@@ -197,18 +196,16 @@ def test_progress_bars(progress, tmp_path, monkeypatch, capfd):
     [("mnist", 60_000, "9"), ("cifar10", 50_000, "truck")],
 )
 @pytest.mark.slow
-def test_real_data(name, count, last_class):
-    shared = pathlib.Path(__file__).parents[3] / "../shared/data/tfds"
-    root = pathlib.Path(os.environ.get("KD2M_DATA_DIR", shared))
-    if not list((root / name).glob("*/dataset_info.json")):
+def test_real_data(name, count, last_class, real_data):
+    if not (real_data / name).exists():
         pytest.skip(f"no {name} on disk")
-    dataset = load(name, root, progress=False)
+    dataset = load(name, real_data, progress=False)
     assert dataset.classes[-1] == last_class
     for split, total in {"train": count, "test": 10_000}.items():
         images, labels = getattr(dataset, split)
         assert images.shape == (total, *shape(name))
         assert np.bincount(labels).min() > 0.08 * total
-        source = stock(name, split, root)
+        source = stock(name, split, real_data)
         for i in (0, 1, total // 3, total - 1):
             np.testing.assert_array_equal(images[i], source[i]["image"])
             assert labels[i] == source[i]["label"]

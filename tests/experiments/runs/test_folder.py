@@ -1,8 +1,11 @@
 """The run folder: its lock, its environment, and what it refuses."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -201,36 +204,56 @@ def test_runs_in_one_process_leave_no_files_and_no_threads(tmp_path):
     assert open_ones() == before
 
 
+@contextlib.contextmanager
+def no_file_larger_than(size):
+    """As if the disk were full: no file may become larger than so many bytes."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("size", [300, 3_000, 20_000])
+def test_a_full_disk_is_one_line_and_resume_goes_on(size, whole, monkeypatch, capsys, tmp_path):
+    flags = [f"--out={tmp_path / 'run'}", *whole[1][1:]]
+    with no_file_larger_than(size), pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, *flags)
+    failed = capsys.readouterr().err
+    assert stop.value.code in (1, 2) and "Traceback" not in failed
+    assert failed.strip().splitlines()[-1].startswith("error: ")
+    in_process(monkeypatch, *flags, "--resume")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert lines.count("\n") == (whole[0] / "metrics.jsonl").read_text().count("\n")
+
+
 LIMITED = """
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-if len(sys.argv) > 1 and sys.argv[1].startswith("--bytes="):
-    limit = int(sys.argv.pop(1).partition("=")[2])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.argv[0] = "experiments.digits"
 runpy.run_module("experiments.digits", run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
-@pytest.mark.parametrize("size", [300, 3_000, 20_000])
-def test_a_full_disk_is_one_line_and_resume_goes_on(size, whole, tmp_path):
-    """As if: no file may become larger than so many bytes."""
-    flags = [f"--out={tmp_path / 'run'}", *whole[1][1:]]
-
-    def run(*more, **variables):
-        env = environment() | {"MPLCONFIGDIR": get_cachedir()} | variables
-        command = [sys.executable, "-c", LIMITED, *more, *flags]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-    failed = run(f"--bytes={size}", JAX_ENABLE_COMPILATION_CACHE="0")  # its files are larger
-    assert failed.returncode in (1, 2), failed.stderr
-    assert "Traceback" not in failed.stderr
+@linux
+def test_a_full_disk_ends_a_process_quietly(whole, tmp_path):
+    """Its threads and what is left open have nothing to say either."""
+    command = [sys.executable, "-c", LIMITED, "3000", f"--out={tmp_path / 'run'}", *whole[1][1:]]
+    env = environment() | {"MPLCONFIGDIR": get_cachedir(), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert failed.returncode in (1, 2) and "Traceback" not in failed.stderr
     assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert (done := run("--resume")).returncode == 0, done.stderr
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert lines.count("\n") == (whole[0] / "metrics.jsonl").read_text().count("\n")
 
 
 @pytest.mark.slow
