@@ -48,8 +48,10 @@ MOST_MAPS = 30_000
 def _forget_programs():
     """Unload compiled programs after a module that leaves many: the limit ends the process.
 
-    And let the collector pass over what earlier modules left: a collection takes a second else.
+    And let the collector pass over what earlier modules left: otherwise each collection that a
+    test asks for takes a second.
     """
+    gc.collect()
     gc.freeze()
     yield
     maps = pathlib.Path("/proc/self/maps")

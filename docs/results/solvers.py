@@ -35,7 +35,7 @@ def main() -> None:
                 exact = cell.with_name(cell.name.replace("-solver=sinkhorn", ""))
                 name = exact.name.replace("=auto-", ", λ auto:")
                 pairs[f"{dataset.name}: {name}"] = curves(exact), curves(cell)
-    figure, axes = figures.plt.subplots(
+    figure, axes = figures.subplots(
         -(-len(pairs) // 3), 3, figsize=(9, 2.3 * -(-len(pairs) // 3)), squeeze=False
     )
     table = {}

@@ -35,11 +35,15 @@ def kept(
         pass
     except Exception as error:  # zip, NumPy and the file system have errors of many kinds
         logging.getLogger(__name__).warning(
-            "%s cannot be used (%s): the data is decoded again", cache, type(error).__name__
+            "%s cannot be used (%s): it is made again", cache, type(error).__name__
         )
     arrays = decode()
-    # What is meant to stay as it is, for root too.
-    writable = cache.parent.exists() and cache.parent.stat().st_mode & 0o222
+    try:
+        writable = (
+            cache.parent.stat().st_mode & 0o222
+        )  # what is meant to stay as it is, for root too
+    except OSError:
+        writable = False
     if writable and source() == files:  # nobody replaced them while they were being decoded
         _write(cache, {"files": np.array(files)} | {f"array{i}": a for i, a in enumerate(arrays)})
     return arrays

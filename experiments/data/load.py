@@ -1,7 +1,7 @@
 """Read a data set into memory.
 
 `load("cifar10", data_dir)` reads the files of tensorflow-datasets without TensorFlow. Where they
-are missing it downloads and prepares them first. `load("digits")` needs neither disk nor network.
+are missing it downloads and prepares them first. `load("digits")` needs no network, and no disk.
 """
 
 import contextlib
@@ -48,13 +48,15 @@ def load(name: str, data_dir: str | os.PathLike | None = None, *, progress: bool
 
 def _digits():
     """Return scikit-learn's digits, from beside the compiled programs if a run has left them."""
-    source = f"scikit-learn {importlib.metadata.version('scikit-learn')}"
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-    if not folder or is_address(folder):
+    off = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("0", "false")
+    if off or not folder or is_address(folder):
         arrays = _split_digits()
     else:
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
+        # The last number is that of `_split_digits`: another one for any change to it.
+        source = f"scikit-learn {importlib.metadata.version('scikit-learn')}, split 1"
         arrays = kept(pathlib.Path(folder) / "digits.npz", lambda: source, _split_digits)
     x, labels, test_x, test_labels = arrays
     return tuple("0123456789"), (x, labels), (test_x, test_labels)

@@ -122,7 +122,7 @@ def _by_platform(
     """Exact on a CPU, Sinkhorn elsewhere, whatever the platform that the program is for.
 
     Each branch gives its gradient along with its value. Differentiating the choice itself would
-    keep the n x n residuals of both branches. Known to be ``on_cpu``, the other is not traced.
+    keep the n x n residuals of both branches. Where ``on_cpu`` is known Sinkhorn is not traced.
     """
 
     def with_gradient(solve):

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._catalogue import METRICS
 from kd2m_jax.losses._checks import PER_CALL, TRACED, did_you_mean, number, shown, static
+from kd2m_jax.losses._solvers import AUTO_ON_CPU, DEFAULT_SOLVER
 from kd2m_jax.losses._spelling import as_written, option_of, spelled, terms
 from kd2m_jax.losses._statistics import ClassStatistics
 
@@ -269,6 +270,17 @@ class Unsaid(str):
     """An option that goes without saying: a metric is written without it."""
 
 
+def on_cpu(metric: Metric) -> Metric:
+    """Return a metric whose solver, where that is left to "auto", is the one for a CPU."""
+    options = dict(metric.options)
+    parameters = inspect.signature(METRICS[metric.name].function).parameters
+    solver = options.get("solver", Unsaid(DEFAULT_SOLVER))
+    if "solver" not in parameters or solver != "auto" or not isinstance(solver, Unsaid):
+        return metric
+    options["solver"] = Unsaid(AUTO_ON_CPU)
+    return dataclasses.replace(metric, options=tuple(sorted(options.items())))
+
+
 class _Array:
     """An array among a metric's options: hashable, and equal to another of the same values."""
 
@@ -363,7 +375,7 @@ def _single(name: str, on: str, options: dict[str, Any]) -> Metric:
     }
     metric = Metric(name, on, tuple(sorted(held.items())))
     if options:  # the defaults are good; tracing takes 0.05 to 0.9 CPU s
-        _try_out(metric)
+        _try_out(on_cpu(metric))  # which is less to trace, and refuses the same
     return metric
 
 

@@ -10,8 +10,7 @@ import jax
 
 from kd2m_jax._outputs import Outputs
 from kd2m_jax.losses._catalogue import METRICS
-from kd2m_jax.losses._metrics import Metric, MetricSum, Unsaid, get_metric, metric_sum
-from kd2m_jax.losses._solvers import AUTO_ON_CPU, DEFAULT_SOLVER
+from kd2m_jax.losses._metrics import Metric, MetricSum, get_metric, on_cpu
 
 # A metric, its name, a loss of ours, or a function (Outputs, Outputs, labels) of the caller's own.
 AnyMetric: TypeAlias = Metric | MetricSum | str | Callable | None
@@ -47,17 +46,8 @@ def for_cpu(metric: AnyMetric) -> Metric | MetricSum | Callable | None:
     """
     found = resolve(metric)
     if isinstance(found, MetricSum):
-        terms: list[Any] = [for_cpu(term) for term in found.metrics]
-        return metric_sum(terms, found.weights)
-    if not isinstance(found, Metric):
-        return found
-    options = dict(found.options)
-    parameters = inspect.signature(METRICS[found.name].function).parameters
-    solver = options.get("solver", Unsaid(DEFAULT_SOLVER))
-    if "solver" not in parameters or solver != "auto" or not isinstance(solver, Unsaid):
-        return found
-    options["solver"] = Unsaid(AUTO_ON_CPU)
-    return dataclasses.replace(found, options=tuple(sorted(options.items())))
+        return dataclasses.replace(found, metrics=tuple(map(on_cpu, found.metrics)))
+    return on_cpu(found) if isinstance(found, Metric) else found
 
 
 def compared(metric: Any, student: Outputs, teacher: Any, labels: Any, **given: Any) -> jax.Array:

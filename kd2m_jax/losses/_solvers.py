@@ -333,7 +333,7 @@ def transport_plan(
 SOLVERS = ("auto", "exact", "sinkhorn", "ipot")
 # What `w2`, `cw2` and `jw2` take where nothing is said: the one place to change it.
 DEFAULT_SOLVER = "auto"
-# "auto" where the program is known to be for a CPU, for `Metric.for_cpu` alone.
+# "auto" where the program is known to be for a CPU: what `for_cpu` puts in, and nobody writes.
 AUTO_ON_CPU = "auto, on a CPU"
 # Those that start from a matrix of costs; the exact one has more to gain (`_transport`).
 COUPLINGS: dict[str, Callable[[jax.Array, Groups, float], TransportInfo]] = {

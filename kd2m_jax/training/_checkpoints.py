@@ -163,8 +163,9 @@ class Checkpoints:
 class _Manager(ocp.CheckpointManager):
     """One that leaves the question for SIGTERM to `asked_to_stop`.
 
-    Orbax asks it with each save, with the step for a number. JAX says yes to the number after the
-    highest that was asked with last: a SIGTERM before the next of our own numbers would be lost.
+    Orbax asks JAX at each save, with the step for a number. JAX says yes once, at the number after
+    the highest that the processes asked with last: behind a step of orbax's, our own numbers, which
+    are smaller, might never come to it.
     """
 
     def reached_preemption(self, step: int) -> bool:

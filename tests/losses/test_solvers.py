@@ -158,11 +158,29 @@ def test_what_a_cpu_alone_will_run_is_the_same_to_the_bit(name):
     jax.tree.map(np.testing.assert_array_equal, *values)
 
 
-def test_a_cpu_takes_sinkhorn_where_auto_does():
+@pytest.mark.parametrize(
+    ("metric", "rows", "given"),
+    [
+        ("w2", 20, {}),
+        ("w2:debiased=true", 24, {}),
+        ("cw2:rotation=true", 24, {"where": np.arange(24) < 17}),
+        pytest.param("cw2", 24, {"labels_t": np.arange(24) % 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cpu_takes_what_auto_takes(metric, rows, given):
+    """Sinkhorn where the clouds differ in size, say."""
+    x, y, labels = arguments("cw2")
+    of = lambda metric: metric(Outputs(x), Outputs(y[:rows]), labels, **given)  # noqa: E731
+    assert of(for_cpu(metric)) == of(losses.get_metric(metric))
+
+
+def test_a_sum_for_a_cpu_has_the_names_and_weights_that_it_had():
     x, y = arguments("w2")
-    out, other = Outputs(x), Outputs(y)
-    for metric, other in (("w2", Outputs(y[:20])), ("w2:debiased=true", Outputs(y))):
-        assert for_cpu(metric)(out, other) == losses.get_metric(metric)(out, other)
+    metric = losses.get_metric("w2:epsilon=0.1+l2", weights=[0.5, 2.0])
+    here = for_cpu(metric)
+    parts = [m.parts(Outputs(x), Outputs(y)) for m in (here, metric)]
+    assert parts[0] == parts[1] and parts[0].keys() == {"w2:epsilon=0.1", "l2"}
+    assert here.weights == metric.weights
 
 
 def test_what_leaves_no_choice_is_the_same_for_a_cpu():

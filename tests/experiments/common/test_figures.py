@@ -13,7 +13,7 @@ def test_a_name_is_neither_a_formula_nor_a_warning(tmp_path):
     assert figures.plain("$5_$ notes", 9) == r"\$5_\$ note"
     sizes = []
     for name in ("$a_$", "猫", ""):
-        figure, axis = figures.plt.subplots(figsize=(2, 2))
+        figure, axis = figures.subplots(figsize=(2, 2))
         axis.set_xticks([0], [figures.plain(name, 14)])
         figures.finish(figure, tmp_path / "a.png")
         sizes.append(int((np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 128).sum()))

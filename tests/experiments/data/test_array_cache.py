@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -162,9 +163,25 @@ def test_digits_are_split_at_the_first_load_alone(beside_programs, monkeypatch):
     assert len(loading.load("digits").train[0]) == 5
 
 
-@pytest.mark.parametrize("where", ["", "gs://bucket/programs", "/proc/none"])
+@pytest.mark.parametrize("where", ["", "gs://bucket/programs", "/proc/none", "closed"])
 def test_digits_where_nothing_can_be_kept(where, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    stat = pathlib.Path.stat
+
+    def closed(path, **options):  # as if: for root no folder is
+        if str(path) == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    if where == "closed":
+        monkeypatch.setattr(pathlib.Path, "stat", closed)
+        monkeypatch.setattr(loading.os, "makedirs", lambda *_, **options: None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", where)
     assert len(loading.load("digits").train[0]) == 1347
     assert list(tmp_path.iterdir()) == []
+
+
+def test_digits_are_not_kept_where_programs_are_not(beside_programs, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    loading.load("digits")
+    assert not beside_programs.exists()

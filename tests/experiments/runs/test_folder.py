@@ -254,6 +254,10 @@ def test_a_full_disk_ends_a_process_quietly(whole, tmp_path):
     failed = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert failed.returncode in (1, 2) and "Traceback" not in failed.stderr
     assert failed.stderr.strip().splitlines()[-1].startswith("error: ")
+    command[2:4] = [LIMITED, str(2**40), "--resume"]
+    del env["JAX_ENABLE_COMPILATION_CACHE"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
