@@ -138,7 +138,13 @@ def test_far_from_zero_the_exact_loss_keeps_its_digits(name):
     np.testing.assert_allclose(run(*moved), run(*rounded), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["w2", "cw2:rotation=true", "jw2+kd+w2@logits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "w2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("cw2:rotation=true", "jw2+w2@logits")),
+    ],
+)
 def test_what_a_cpu_alone_will_run_is_the_same_to_the_bit(name):
     x, y, *logits = (jnp.asarray(a) for a in arguments("jw2"))
     labels = arguments("cw2")[2]
@@ -163,7 +169,9 @@ def test_what_a_cpu_alone_will_run_is_the_same_to_the_bit(name):
     [
         ("w2", 20, {}),
         ("w2:debiased=true", 24, {}),
-        ("cw2:rotation=true", 24, {"where": np.arange(24) < 17}),
+        pytest.param(
+            "cw2:rotation=true", 24, {"where": np.arange(24) < 17}, marks=pytest.mark.slow
+        ),
         pytest.param("cw2", 24, {"labels_t": np.arange(24) % 4}, marks=pytest.mark.slow),
     ],
 )
