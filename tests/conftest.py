@@ -13,8 +13,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 set_compiler_flags(optimised=False)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# A worker has one core: OpenBLAS's threads would wait for one another.
+# A worker has one core: the threads of OpenBLAS and OpenMP would wait for one another. The notebook
+# with t-SNE takes 53 CPU s for 88 beside other tests.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No traceback beside each operation: a tenth of the time of a test that compiles.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
