@@ -38,10 +38,8 @@ def kept(
             "%s cannot be used (%s): it is made again", cache, type(error).__name__
         )
     arrays = decode()
-    try:
-        writable = (
-            cache.parent.stat().st_mode & 0o222
-        )  # what is meant to stay as it is, for root too
+    try:  # what is meant to stay as it is does, for root too
+        writable = cache.parent.stat().st_mode & 0o222
     except OSError:
         writable = False
     if writable and source() == files:  # nobody replaced them while they were being decoded
